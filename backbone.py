@@ -1,0 +1,344 @@
+"""The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, arXiv 2104.01778).
+
+A ViT on the spectrogram x (T=1024 frames, F=128 mel bins), N = 2 + 12·101 = 1214 tokens of D dimensions:
+
+    z⁰ = [cls, dist, patches(x)] + pos
+    z  = z + Attention(LayerNorm(z)),   z = z + MLP(LayerNorm(z))        12 blocks
+    tokens = LayerNorm(z)
+    Attention(z) = softmax(q kᵀ / √64) v · proj,   q, k, v = three linear layers of z, heads of 64
+
+and what turns its tokens into the one vector that is scored:
+
+    embedding = linear(pool(tokens)) / ‖linear(pool(tokens))‖
+
+data.py makes x, lora.py adapts the linear layers, train.py trains. The command fetches the public
+AudioSet weights, checks them and says what they are:
+
+    python backbone.py
+"""
+
+import argparse
+import hashlib
+import io
+import json
+import math
+import pickle
+import re
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+N_FRAMES, N_MELS = 1024, 128  # the input, about 10.25 s; data.py makes it
+PATCH, STRIDE = 16, 10  # neighbouring patches overlap by 6
+HEAD_DIM = 64  # in every AST and DeiT size
+
+WEIGHTS_URL = (
+    "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve/"
+    "f826b80d28226b62986cc218e5cec390b1096902/model.safetensors"
+)
+WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        # AST stores q, k and v as one fused layer. Three layers compute the same, and "LoRA on q and v"
+        # then means exactly two of them.
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(dim, dim)
+        self.v = nn.Linear(dim, dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        B, N, D = x.shape
+        # (B, N, D) -> (B, heads, N, D / heads)
+        q, k, v = (layer(x).view(B, N, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        x = F.scaled_dot_product_attention(q, k, v)  # divides by √(D / heads)
+        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+
+
+class MLP(nn.Module):
+    """Two layers with the exact (erf) GELU between them, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x)))
+
+
+class Block(nn.Module):
+    """A pre-norm Transformer block, (B, N, D) -> (B, N, D)."""
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        # 1e-6 is timm's ViT; PyTorch's default of 1e-5 gives visibly other outputs.
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = Attention(dim, heads)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = MLP(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class AST(nn.Module):
+    """The Transformer, with random weights; `load_ast` gives one with trained weights.
+
+    dim, depth, heads  768, 12, 12 for the public model; heads must divide dim
+
+    forward: x (B, 1024, 128), normalised log-mel as data.py makes it, -> (B, 1214, dim), all tokens after
+    the final norm: two class tokens, then the patches. ValueError: another input shape.
+    Source: github.com/YuanGongND/ast, src/models/ast_models.py, commit 31088be.
+    """
+
+    def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12):
+        super().__init__()
+        n_patches = ((N_MELS - PATCH) // STRIDE + 1) * ((N_FRAMES - PATCH) // STRIDE + 1)  # 12 · 101
+        self.patch_embed = nn.Conv2d(1, dim, kernel_size=PATCH, stride=STRIDE)
+        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
+        self.dist_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)  # DeiT's distillation token
+        self.pos_embed = nn.Parameter(torch.randn(1, 2 + n_patches, dim) * 0.02)
+        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(dim, eps=1e-6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[1:] != (N_FRAMES, N_MELS):
+            raise ValueError(f"the AST needs (B, {N_FRAMES}, {N_MELS}) frames and mel bins, got {tuple(x.shape)}")
+        B = len(x)
+        x = x.unsqueeze(1).transpose(2, 3)  # (B, T, F) -> (B, 1, F, T): an image with frequency as its height
+        x = self.patch_embed(x)  # (B, D, 12, 101)
+        x = x.flatten(2).transpose(1, 2)  # (B, 1212, D), patch of (f, t) at f · 101 + t: time runs fastest
+        x = torch.cat([self.cls_token.expand(B, -1, -1), self.dist_token.expand(B, -1, -1), x], dim=1)
+        x = x + self.pos_embed  # (B, 1214, D)
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class ClassTokenPooling(nn.Module):
+    """Mean of the two class tokens, as AST was trained: (B, N, D) -> (B, D)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return (tokens[:, 0] + tokens[:, 1]) / 2
+
+
+class AttentiveStatisticsPooling(nn.Module):
+    """Weighted mean and standard deviation over the patch tokens h, (B, N, D) -> (B, 2 D).
+
+        a = softmax over tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])      one weight per token and dimension
+        out = [Σ a h,  √Σ a (h - Σ a h)²]
+
+    Source: ECAPA-TDNN (Desplanques et al. 2020, arXiv 2005.07143), equations 1 to 3 with the global
+    context of their section 3.1; without its batch normalisation.
+    """
+
+    def __init__(self, dim: int, hidden: int = 128):
+        super().__init__()
+        # W₁ [h, mean, std] = W_h h + W_c [mean, std]: the second part is the same for every token,
+        # so it is computed once a clip and not 1212 times.
+        self.hidden_of_token = nn.Linear(dim, hidden)
+        self.hidden_of_context = nn.Linear(2 * dim, hidden, bias=False)
+        self.weights = nn.Linear(hidden, dim)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = tokens[:, 2:]  # (B, 1212, D)
+        std, mean = torch.std_mean(h, dim=1, correction=0)  # (B, D) each
+        context = self.hidden_of_context(torch.cat([mean, std], dim=1))[:, None]  # (B, 1, hidden)
+        a = self.weights(torch.tanh(self.hidden_of_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
+        mean = (a * h).sum(dim=1)
+        variance = (a * (h - mean[:, None]).square()).sum(dim=1)
+        return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1)  # √ has no finite slope at 0
+
+
+class Embedder(nn.Module):
+    """AST, pooling and linear layer: x (B, 1024, 128) -> embedding (B, embedding), of unit length.
+
+    pooling    "cls" (mean of the class tokens) or "asp" (attentive statistics of the patch tokens)
+    embedding  dimensions of the result; None leaves the linear layer out: the untouched AST
+
+    `head` is everything on top of the AST: what stays trainable when the AST is frozen.
+    """
+
+    def __init__(self, ast: AST, pooling: str, embedding: int | None):
+        super().__init__()
+        dim = ast.norm.weight.numel()
+        self.ast = ast
+        self.head = nn.Sequential()
+        self.head.pooling = {"cls": ClassTokenPooling, "asp": lambda: AttentiveStatisticsPooling(dim)}[pooling]()
+        if embedding is not None:
+            self.head.linear = nn.Linear(dim if pooling == "cls" else 2 * dim, embedding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.normalize(self.head(self.ast(x)).float(), dim=1)
+
+
+def forward_flops(ast: AST) -> int:
+    """Floating-point operations of one clip's forward pass, a multiply-add counted as two.
+
+    Matrix products only, as torch.utils.flop_counter counts: with N tokens of D dimensions a block has
+    four D x D layers and two D x 4D layers (24 N D²), and attention is q kᵀ and its product with v (4 N² D).
+    """
+    _, N, D = ast.pos_embed.shape
+    patches = 2 * (N - 2) * PATCH * PATCH * D
+    return patches + len(ast.blocks) * (24 * N * D * D + 4 * N * N * D)
+
+
+# ---------------------------------------------------------------- loading public weights
+
+# The same weights are published under other names: by the authors (.pth), on the Hugging Face hub
+# (.bin, .safetensors), and as transformers 5 holds them in memory. Left to right gives the names above.
+RENAMES = [
+    (r"^module\.", ""),
+    (r"^(v|audio_spectrogram_transformer)\.", ""),
+    (r"^patch_embed\.proj\.", "patch_embed."),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed."),
+    (r"^embeddings\.cls_token$", "cls_token"),
+    (r"^embeddings\.distillation_token$", "dist_token"),
+    (r"^embeddings\.position_embeddings$", "pos_embed"),
+    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
+    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
+    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
+    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"^layernorm\.", "norm."),
+]
+HEADS = r"(module\.)?(v\.head|v\.head_dist|mlp_head\.[01]|classifier\.(layernorm|dense))\.(weight|bias)"
+DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+def load_ast(path: str | Path) -> AST:
+    """The AST in a weight file: .pth, .bin or .safetensors (told apart by content), any DeiT size.
+
+    float16, bfloat16 and float64 tensors are converted to float32. The AudioSet classifier is dropped
+    by name; everything else must match one to one, names and shapes.
+    ValueError (naming file and reason): not a weight file, truncated, not an AST.
+    FileNotFoundError: no such file.
+    """
+    state = {}
+    for name, tensor in _read_tensors(path).items():
+        if re.fullmatch(HEADS, name):
+            continue
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        if ".attn.qkv." in name and tensor.ndim and len(tensor) % 3 == 0:  # fused, in the order q, k, v
+            parts = {name.replace("qkv", letter): part for letter, part in zip("qkv", tensor.chunk(3), strict=True)}
+        else:
+            parts = {name: tensor}
+        if doubled := parts.keys() & state.keys():
+            raise ValueError(f"{path}: two tensors for {min(doubled)}")
+        state |= parts
+
+    dim = state["norm.weight"].numel() if "norm.weight" in state else 0
+    depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
+    if not dim or dim % HEAD_DIM or not depth:
+        raise ValueError(f"{path}: not an AST (no norm.weight of a multiple of {HEAD_DIM}, or no blocks)")
+    with torch.device("meta"):  # shapes without memory: every weight comes from the file
+        ast = AST(dim, depth, dim // HEAD_DIM)
+    expected = ast.state_dict()
+    if missing := sorted(expected.keys() - state.keys()):
+        raise ValueError(f"{path}: not an AST: {len(missing)} tensors are missing, {missing[0]} for one")
+    if extra := sorted(state.keys() - expected.keys()):
+        raise ValueError(f"{path}: not an AST: {len(extra)} tensors too many, {extra[0]} for one")
+    for name, tensor in expected.items():
+        if state[name].shape != tensor.shape:
+            shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+            raise ValueError(f"{path}: not this AST: {name} has the shape {shapes} (an ImageNet ViT? other strides?)")
+        if not state[name].isfinite().all():
+            raise ValueError(f"{path}: {name} has values that are not finite")
+    ast.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
+    return ast
+
+
+def load_file(path: str | Path) -> object:
+    """What `torch.save` wrote, on the CPU. Unpickles tensors and plain containers only, executes nothing.
+
+    ValueError (naming the file): truncated, damaged, or a pickle of anything else.
+    """
+    raw = Path(path).read_bytes()
+    try:
+        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as e:
+        kind = "a web page" if raw.lstrip()[:1] == b"<" else "truncated, damaged, or not a file of tensors"
+        raise ValueError(f"{path} cannot be loaded: {kind}; delete it and fetch or make it again") from e
+
+
+def _read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor, from a safetensors file or from a PyTorch file."""
+    with open(path, "rb") as file:
+        is_safetensors = file.read(9)[8:] == b"{"
+    tensors = _read_safetensors(path) if is_safetensors else load_file(path)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError(f"{path}: holds something else than tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not tensor.is_floating_point():
+            raise ValueError(f"{path}: {name} is {tensor.dtype}; weights are floating-point tensors by name")
+    return tensors
+
+
+def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets), the tensors' bytes."""
+    raw = Path(path).read_bytes()
+    start = 8 + int.from_bytes(raw[:8], "little")
+    try:
+        header = json.loads(raw[8:start])
+        header.pop("__metadata__", None)
+        entries = sorted((*entry["data_offsets"], entry["dtype"], entry["shape"], n) for n, entry in header.items())
+        tensors, position = {}, 0
+        for begin, end, dtype, shape, name in entries:
+            size = math.prod(shape) * DTYPES[dtype].itemsize
+            if begin != position or end - begin != size or size <= 0 or start + end > len(raw):
+                raise ValueError(f"{name} claims bytes that it does not have")
+            buffer = bytearray(raw[start + begin : start + end])
+            tensors[name], position = torch.frombuffer(buffer, dtype=DTYPES[dtype]).view(shape), end
+        if start + position != len(raw):
+            raise ValueError(f"{len(raw) - start - position} bytes belong to no tensor")
+    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as e:
+        raise ValueError(f"{path}: a truncated or invalid safetensors file ({e}); delete it and fetch it again") from e
+    return tensors
+
+
+def fetch_weights(path: str | Path) -> None:
+    """Download the public AudioSet weights to `path` unless there, and verify their SHA-256."""
+    from data import download  # only fetching needs it: the model itself imports nothing of data.py
+
+    if not Path(path).exists():
+        download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
+
+
+def main(argv: list[str] | None = None) -> None:
+    from lora import add_lora, count_parameters  # to count; the model itself needs no LoRA
+
+    parser = argparse.ArgumentParser(
+        prog="backbone.py", usage=argparse.SUPPRESS, description="Fetch the AST weights, check them, describe them."
+    )
+    parser.add_argument(
+        "--weights", default="weights/ast.safetensors", help="where they are or go (default: %(default)s)"
+    )
+    args = parser.parse_args(argv)
+    try:
+        fetch_weights(args.weights)
+        ast = load_ast(args.weights)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    print(f"{args.weights}  SHA-256 {digest}", "(the public AudioSet AST)" if digest == WEIGHTS_SHA256 else "(other)")
+    print(f"AST: {len(ast.blocks)} blocks, {ast.norm.weight.numel()} dimensions, {ast.pos_embed.shape[1]} tokens")
+    print(f"parameters: {count_parameters(ast)[1]:,}; forward pass of a clip: {forward_flops(ast) / 1e9:.1f} GFLOP")
+    add_lora(ast.requires_grad_(False), ["q", "v"], rank=64, alpha=64)
+    print(f"LoRA of rank 64 on q and v: {count_parameters(ast)[0]:,} trainable parameters")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,297 @@
+"""Evaluate: the official metric of DCASE2023 Task 2 on the CSV files that score.py wrote.
+
+    AUC source = ROC AUC of the source domain's normal clips against the anomalies of BOTH domains
+    AUC target = the same with the target domain's normal clips
+    pAUC       = ROC AUC of all clips up to a false-positive rate of p = 0.1 (McClish's standardised one)
+    official score = harmonic mean of these three over all machines: 21 values for 7 machines
+
+Anomalies are pooled over the domains since the domain of a test clip is not known in use; several public
+implementations take only the same domain's. Precision, recall and F1 (metrics.csv) are of the decisions,
+within each domain, and no part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
+
+    python evaluate.py --machine fan
+    python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± standard deviation
+
+Reads no audio: labels come from the file names in the CSV files; for the evaluation machines, whose names
+tell nothing, from <data>/ground_truth; for one's own, from <data>/<machine>/labels.csv (file,0|1).
+Prints the table as Markdown and writes metrics.csv into the run folder.
+"""
+
+import argparse
+import csv
+import io
+import json
+import math
+import re
+import sys
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import hmean
+from sklearn.metrics import roc_auc_score
+
+from data import DEV, EVAL, default_run, machine_names, parse_clip, write_file
+
+DOMAINS = ("source", "target")
+ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
+EPS = sys.float_info.epsilon  # where the official code divides by zero, it divides by this
+
+# For comparison: official scores in percent (dev, eval) that others report. None of them was computed here.
+PUBLISHED = [
+    ("challenge baseline, MSE (autoencoder)", None, 59.25, "nttcslab/dcase2023_task2_evaluator"),
+    ("challenge baseline, MAHALA (autoencoder)", None, 61.05, "nttcslab/dcase2023_task2_evaluator"),
+    ("challenge winner", None, 66.97, "DCASE2023 Task 2 results"),
+    ("FeatEx", 64.2, 66.6, "as cited by others"),
+    ("dual-path FTE-Net", None, 71.3, "as cited by others"),
+    ("AnoPatch (BEATs)", 64.2, 74.2, "as cited by others"),
+    ("GenRep, test-standardised", 65.0, 73.8, "as cited by others; transductive"),
+    ("ASDKit, BEATs-LoRA, 4 trials", 62.66, 71.46, "TakuyaFujimura/dcase-asd-toolkit"),
+    ("ASDKit, EAT-LoRA", 63.98, 72.04, "TakuyaFujimura/dcase-asd-toolkit"),
+    ("the paper, arXiv 2409.07016", None, 77.75, "its abstract"),
+]
+
+
+# ---------------------------------------------------------------- the metric
+
+
+def machine_metrics(
+    scores: np.ndarray, is_anomaly: np.ndarray, is_target: np.ndarray, decisions: np.ndarray | None = None
+) -> dict[str, float]:
+    """All figures of one machine, from its test clips: arrays (n,), anything that numpy takes as float and bool.
+
+    -> auc_source, auc_target, pauc, precision_source, ..., f1_target in [0, 1]; NaN where a figure is
+    undefined (no normal clip in the domain, no anomaly, no clip of the domain, no decisions).
+    """
+    scores = np.asarray(scores, float)
+    is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
+    metrics = {}
+    for domain, in_domain in zip(DOMAINS, (~is_target, is_target), strict=True):
+        chosen = in_domain | is_anomaly
+        metrics[f"auc_{domain}"] = _auc(is_anomaly[chosen], scores[chosen])
+    metrics["pauc"] = _auc(is_anomaly, scores, max_fpr=0.1)
+    for domain, in_domain in zip(DOMAINS, (~is_target, is_target), strict=True):
+        precision = recall = f1 = math.nan
+        if decisions is not None and in_domain.any():
+            truth, decided = is_anomaly[in_domain], np.asarray(decisions, bool)[in_domain]
+            hits = (truth & decided).sum()
+            precision, recall = hits / max(decided.sum(), EPS), hits / max(truth.sum(), EPS)
+            f1 = 2 * precision * recall / max(precision + recall, EPS)
+        metrics |= {f"precision_{domain}": precision, f"recall_{domain}": recall, f"f1_{domain}": f1}
+    return {name: float(value) for name, value in metrics.items()}
+
+
+def _auc(is_anomaly: np.ndarray, scores: np.ndarray, max_fpr: float | None = None) -> float:
+    if is_anomaly.all() or not is_anomaly.any():
+        return math.nan
+    return roc_auc_score(is_anomaly, scores, max_fpr=max_fpr)
+
+
+def official_score(machines: list[dict[str, float]]) -> float:
+    """Harmonic mean of auc_source, auc_target and pauc over machines; undefined ones are left out."""
+    values = [metrics[row] for metrics in machines for row in ROWS if not math.isnan(metrics[row])]
+    return float(hmean(np.maximum(values, EPS))) if values else math.nan
+
+
+# ---------------------------------------------------------------- scores and labels, joined by file name
+
+
+def read_csv(path: Path, number: type) -> dict[str, float]:
+    """A two-column CSV file without header -> {name: number}. ValueError: a malformed or doubled row."""
+    rows = {}
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+        for line, row in enumerate(csv.reader(file), 1):
+            try:
+                name, value = row
+                rows.setdefault(name, []).append(number(value))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {line}: {','.join(row)!r} is not name,{number.__name__}") from error
+    if doubled := [name for name, values in rows.items() if len(values) > 1]:
+        raise ValueError(f"{path}: {doubled[0]} stands there {len(rows[doubled[0]])} times")
+    if bad := [name for name, (value,) in rows.items() if not math.isfinite(value)]:
+        raise ValueError(f"{path}: {bad[0]} has the value {rows[bad[0]][0]}")
+    return {name: value for name, (value,) in rows.items()}
+
+
+def read_01(path: Path, names: list[str]) -> np.ndarray:
+    """0 or 1 for each of `names`, from a CSV file that has exactly these names, in any order."""
+    table = read_csv(path, int)
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"{path} has no row for {', '.join(missing[:3])} ({len(missing)} missing)")
+    if unknown := sorted(table.keys() - set(names)):
+        raise ValueError(f"{path} has rows that were not scored: {', '.join(unknown[:3])} ({len(unknown)} of them)")
+    if wrong := [name for name in names if table[name] not in (0, 1)]:
+        raise ValueError(f"{path}: {wrong[0]} is {table[wrong[0]]}, not 0 or 1")
+    return np.array([table[name] for name in names], bool)
+
+
+def labels_of(machine: str, names: list[str], data: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(is_anomaly, is_target) of the test clips; a clip without a domain counts as source."""
+    clips = [parse_clip(Path(machine, "test", name)) for name in names]
+    if all(clip.is_anomaly is not None for clip in clips):
+        return np.array([clip.is_anomaly for clip in clips]), np.array([clip.domain == "target" for clip in clips])
+    own = data / machine / "labels.csv"
+    if own.exists():
+        return read_01(own, names), np.array([clip.domain == "target" for clip in clips])
+    if machine in EVAL:
+        file = f"ground_truth_{machine}_section_00_test.csv"
+        paths = [data / "ground_truth" / f"ground_truth_{kind}" / file for kind in ("data", "domain")]
+        if not all(path.exists() for path in paths):
+            raise ValueError(f"{paths[0]} is missing; `python data.py --machine {machine} --data {data}` fetches it")
+        return read_01(paths[0], names), read_01(paths[1], names)
+    raise ValueError(
+        f"the names of {machine}'s clips tell no labels; write them to {own}, a line `file,0` or `file,1` each"
+    )
+
+
+def evaluate_machine(machine: str, run: Path, data: Path) -> dict:
+    """One row of metrics.csv: what was evaluated, how it was scored, and the figures."""
+    path = run / f"anomaly_score_{machine}_section_00_test.csv"
+    if not path.exists():
+        raise FileNotFoundError(f"{path} is missing; run score.py --machine {machine} --run {run} first")
+    scores = read_csv(path, float)
+    names = list(scores)
+    is_anomaly, is_target = labels_of(machine, names, data)
+    decisions = run / f"decision_result_{machine}_section_00_test.csv"
+    decided = read_01(decisions, names) if decisions.exists() else None
+    metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decided)
+    how = _read_json(run / f"scoring_{machine}.json")
+    seed = _read_json(run / "args.json").get("args", {}).get("seed", "")
+    row = {"run": str(run), "seed": seed, "machine": machine, "set": set_of(machine)}
+    row |= {key: how.get(key, "") for key in ("model", "normalize", "k", "smote")}
+    return row | metrics | {"harmonic_mean": official_score([metrics])}
+
+
+def _read_json(path: Path) -> dict:
+    return json.loads(path.read_text()) if path.exists() else {}
+
+
+def set_of(machine: str) -> str:
+    return "dev" if machine in DEV else "eval" if machine in EVAL else "own"
+
+
+# ---------------------------------------------------------------- tables
+
+
+def setting_of(run: Path, rows: list[dict]) -> str:
+    """Two runs with the same setting are trials of one thing: all arguments equal but the seed, scored alike."""
+    args = _read_json(run / "args.json").get("args", {"run": str(run)})  # without args.json, a setting of its own
+    irrelevant = ("seed", "run", "data", "weights", "workers", "device") if "seed" in args else ()
+    how = [(row["model"], row["normalize"], row["k"], row["smote"]) for row in rows]
+    return json.dumps([{key: value for key, value in args.items() if key not in irrelevant}, how], sort_keys=True)
+
+
+def backend_of(rows: list[dict]) -> str:
+    """How the scores were made, in words; the transductive back-end is always called so."""
+    kinds = {(row["model"], row["normalize"], row["k"], row["smote"]) for row in rows}
+    if len(kinds) > 1:
+        return "machines scored in different ways" + " (some transductive)" * any(kind[1] == "test" for kind in kinds)
+    model, normalize, k, smote = kinds.pop()
+    if not normalize:
+        return "not known"
+    words = [f"k={k}", f"normalize {normalize}" + " (transductive)" * (normalize == "test")]
+    return ", ".join((["pretrained"] if model == "pretrained" else []) + words + ([f"smote {smote}"] if smote else []))
+
+
+def percent(values: list[float]) -> str:
+    """'61.23', over several runs '61.23 ± 0.45' (sample standard deviation), 'n/a' where one is undefined."""
+    if any(math.isnan(value) for value in values):
+        return "n/a"
+    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
+    return f"{100 * np.mean(values):.2f}{spread}"
+
+
+def completeness(which: str, trial: list[dict]) -> str:
+    """'' for a full set, or what is missing from it."""
+    whole = {"dev": 7, "eval": 7, "own": 0}[which]
+    values = sum(not math.isnan(row[key]) for row in trial for key in ROWS)
+    parts = [f"partial ({len(trial)}/7)"] if whole and len(trial) < whole else []
+    parts += [f"{3 * len(trial) - values} of {3 * len(trial)} values undefined"] if values < 3 * len(trial) else []
+    return " ".join(parts)
+
+
+def table(which: str, trials: list[list[dict]]) -> str:
+    """Markdown: the machines of one set in columns, over one or more trials of the same setting."""
+    machines = [row["machine"] for row in trials[0]]
+    lines = [f"### {which}: {len(trials)} run{'s' * (len(trials) > 1)}; {backend_of(trials[0])}", ""]
+    lines += ["| % | " + " | ".join(machines) + " |", "| --- |" + " ---: |" * len(machines)]
+    for key, title in (ROWS | {"harmonic_mean": "harmonic mean"}).items():
+        cells = [percent([trial[column][key] for trial in trials]) for column in range(len(machines))]
+        lines.append(f"| {title} | " + " | ".join(cells) + " |")
+    total = percent([official_score(trial) for trial in trials])
+    note = completeness(which, trials[0])
+    return "\n".join([*lines, "", f"official score: **{total}** (n = {len(trials)})" + (f", {note}" if note else "")])
+
+
+def ablation(settings: list[list[list[dict]]]) -> str:
+    """Markdown: one line a setting, its trials averaged."""
+    sets = [which for which in ("dev", "eval", "own") if any(row["set"] == which for row in settings[0][0])]
+    lines = ["### official score by setting, %", "", "| setting | " + " | ".join(sets) + " | n | scored with |"]
+    lines += ["| --- |" + " ---: |" * len(sets) + " ---: | --- |"]
+    for trials in settings:
+        name = re.sub(r"[-_]?(seed|s)\d+$", "", trials[0][0]["run"])
+        cells = []
+        for which in sets:
+            chosen = [[row for row in trial if row["set"] == which] for trial in trials]
+            cells.append(f"{percent([official_score(t) for t in chosen])} {completeness(which, chosen[0])}".strip())
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {len(trials)} | {backend_of(trials[0])} |")
+    return "\n".join(lines)
+
+
+def published() -> str:
+    lines = ["### reported by others, %: not computed here", "", "| system | dev | eval | source |"]
+    lines += ["| --- | ---: | ---: | --- |"]
+    lines += [f"| {name} | {dev or '-'} | {ev or '-'} | {source} |" for name, dev, ev, source in PUBLISHED]
+    return "\n".join(lines)
+
+
+def write_metrics(run: Path, rows: list[dict]) -> None:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({key: "" if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()})
+    write_file(run / "metrics.csv", text.getvalue().encode())
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="evaluate.py",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        description="Print the official metric of scored machines: python evaluate.py --machine fan",
+    )
+    add = parser.add_argument
+    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
+    add("--data", help="holds ground_truth/ or <machine>/labels.csv, where names tell no labels (data)")
+    add("--run", nargs="+", help="run folders; those that differ only in the seed are averaged (runs/<names>)")
+    add("--demo", action="store_true", help="the made-up machines of train.py --demo")
+    args = parser.parse_args(argv)
+    try:
+        machines = machine_names(args.machine)
+        data = Path(args.data or ("data/demo" if args.demo else "data"))
+        runs = [Path(run) for run in args.run or [default_run(args.machine, args.demo)]]
+        if len({run.resolve() for run in runs}) < len(runs):
+            raise ValueError("--run names a folder twice")
+        settings = {}
+        for run in runs:
+            rows = [evaluate_machine(machine, run, data) for machine in machines]
+            settings.setdefault(setting_of(run, rows), []).append(rows)
+        trials = [trial for group in settings.values() for trial in group]
+        for rows in trials:
+            write_metrics(Path(rows[0]["run"]), rows)
+    except (ValueError, OSError) as error:
+        parser.error(str(error))
+    sets = list(dict.fromkeys(row["set"] for row in trials[0]))
+    if len(settings) > 1:
+        print(ablation(list(settings.values())), end="\n\n")
+    else:
+        for which in sets:
+            print(table(which, [[row for row in trial if row["set"] == which] for trial in trials]), end="\n\n")
+    if args.demo:
+        print("demo: made-up sounds and a tiny AST with random weights; these figures say nothing about the method")
+    elif sets != ["own"]:
+        print(published())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,347 @@
+"""Score: how far is a test clip from the nearest normal training clip of its machine?
+
+    d(x, y) = 1 - e_x · e_y                    cosine distance of unit-length embeddings
+    score(x) = mean of the k smallest d(x, y) over the bank of training clips y          (k = 1)
+    decision(x) = score(x) > 90th percentile of the training clips' own scores
+
+A training clip is its own nearest neighbour, so its own score leaves itself out. A machine has many source
+and few target clips, and distances are not alike in both; --normalize says what is done about that:
+
+    none      one bank of all training clips
+    train     a bank per domain, (score - μ) / σ with μ, σ of that bank's leave-one-out scores; the smaller one
+    test      the same with μ, σ of the test clips' scores: TRANSDUCTIVE, it looks at the whole test set
+    density   one bank, d(x, y) / ρ(y), ρ(y) = mean distance of y to its own k nearest training clips
+
+    python score.py --machine fan                      # with the model in runs/fan
+    python score.py --machine fan --pretrained         # with the untouched AST, no training
+
+writes into the run folder, per machine: anomaly_score_*.csv and decision_result_*.csv as the challenge wants
+them, nearest_*.csv (the training clip that decided each score), embeddings_*.npz (re-used by the next call).
+"""
+
+import argparse
+import csv
+import hashlib
+import io
+import json
+import shlex
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import pairwise_distances_chunked
+from tqdm import tqdm
+
+from backbone import Embedder, fetch_weights, load_ast
+from data import (
+    Clip,
+    Windows,
+    check_clips,
+    collate,
+    default_run,
+    file_digest,
+    list_clips,
+    machine_names,
+    next_command,
+    prepare,
+    spectrogram,
+    window_starts,
+    write_file,
+)
+from lora import merge_lora
+from train import DEMO, at_least, last_line, load_run, prepare_demo, resolve_device
+
+# ---------------------------------------------------------------- embeddings
+
+
+@torch.inference_mode()
+def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int = 0) -> np.ndarray:
+    """(len(clips), D) float32, of unit length; a clip longer than 1024 frames is the mean of its windows."""
+    device = model.ast.pos_embed.device
+    items = [(index, start) for index, n_samples in enumerate(check_clips(clips)) for start in window_starts(n_samples)]
+    loader = torch.utils.data.DataLoader(
+        Windows(clips),
+        batch_size,
+        sampler=items,
+        num_workers=workers,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+    )
+    sums = 0
+    for waves, n_samples, index in tqdm(loader, f"embedding {clips[0].machine}/{clips[0].split}", disable=None):
+        waves, n_samples, index = (tensor.to(device, non_blocking=True) for tensor in (waves, n_samples, index))
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            embedding = model(spectrogram(waves, n_samples))  # (B, D)
+        sums = sums + embedding.new_zeros(len(clips), embedding.shape[1]).index_add(0, index, embedding)
+    return F.normalize(sums, dim=1).cpu().numpy()
+
+
+def cached_embeddings(
+    path: Path, model: Embedder, model_id: str, clips: dict[str, list[Clip]], batch_size: int, workers: int
+) -> dict[str, np.ndarray]:
+    """{"train": (n, D), "test": (m, D)} from `path` if it is of this model and these files, else made and kept.
+
+    ValueError: the file is damaged, or of another model.
+    """
+    stats = [
+        (c.path.name, (info := c.path.stat()).st_size, info.st_mtime_ns) for split in clips.values() for c in split
+    ]
+    files = hashlib.sha256(repr(stats).encode("utf-8", "surrogateescape")).hexdigest()
+    if path.exists():
+        try:
+            with np.load(path) as stored:
+                arrays = dict(stored)
+            same_model, same_files = str(arrays["model"]) == model_id, str(arrays["files"]) == files
+        except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} is damaged; delete it") from error
+        if not same_model:
+            found = f"{arrays['model']}, not {model_id}"
+            raise ValueError(f"{path} comes from another model ({found}); delete it, or name another folder with --run")
+        if same_files:
+            return arrays
+        print(f"{path} is stale: clips were added, removed or changed; embedding again")
+    arrays = {split: embed(model, clips[split], batch_size, workers) for split in clips}
+    buffer = io.BytesIO()
+    np.savez(buffer, model=model_id, files=files, **arrays)
+    write_file(path, buffer.getvalue())
+    return arrays
+
+
+# ---------------------------------------------------------------- nearest neighbours
+
+
+def nearest(
+    queries: np.ndarray,
+    bank: np.ndarray,
+    k: int = 1,
+    density: np.ndarray | None = None,
+    leave_one_out: bool = False,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the k smallest cosine distances, and which row of the bank is the nearest.
+
+    queries (Q, D), bank (N, D), density (N,): d(x, y) is divided by density[y]
+    leave_one_out: queries are the bank itself, and a row is not its own neighbour
+    -> distance (Q,) float32, index (Q,). ValueError: fewer than k clips to choose from.
+    """
+    if len(bank) - leave_one_out < k:
+        raise ValueError(f"{k} nearest neighbours need at least {k + leave_one_out} training clips, not {len(bank)}")
+
+    def reduce(distances: np.ndarray, start: int) -> tuple[np.ndarray, np.ndarray]:
+        if density is not None:
+            distances = distances / density
+        if leave_one_out:
+            rows = np.arange(len(distances))
+            distances[rows, start + rows] = np.inf
+        smallest = np.partition(distances, k - 1, axis=1)[:, :k]
+        return smallest.mean(axis=1), distances.argmin(axis=1)
+
+    # scikit-learn works through the queries in chunks, so 100,000 clips need no 100,000² matrix
+    chunks = list(pairwise_distances_chunked(queries, bank, reduce_func=reduce, metric="cosine"))
+    distance, index = (np.concatenate(parts) for parts in zip(*chunks, strict=True))
+    return distance, index
+
+
+def smote(target: np.ndarray, count: int, neighbours: int = 2, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """`count` synthetic rows on the lines between target clips, x + u (x' - x) with u uniform on [0, 1).
+
+    target (n, D); x is drawn from its rows, x' from the 2 nearest others -> rows (count, D), index of x (count,)
+    Source: Chawla et al. 2002 (arXiv 1106.1813); ratio and neighbours as in ASDKit.
+    """
+    random = np.random.default_rng(seed)
+    distances = 1 - target @ target.T
+    np.fill_diagonal(distances, np.inf)
+    near = distances.argsort(axis=1)[:, :neighbours]  # (n, neighbours)
+    x = random.integers(len(target), size=count)
+    other = near[x, random.integers(neighbours, size=count)]
+    u = random.random((count, 1), dtype=np.float32)
+    return target[x] + u * (target[other] - target[x]), x
+
+
+def anomaly_scores(
+    train: np.ndarray, test: np.ndarray, domains: list[str | None], k: int, normalize: str, smote_ratio: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """The scores of one machine, by the equations at the top of this file.
+
+    train (n, D), test (m, D), domains: of each training clip
+    smote_ratio: fill the target clips up to this share of the source clips; 0 = off
+    -> test scores (m,), training scores (n,) each with itself left out, nearest training clip (m,)
+    ValueError: too few clips for what is asked.
+    """
+    by_domain = [np.flatnonzero([d == domain for d in domains]) for domain in ("source", "target", None)]
+    synthetic, made_from = train[:0], np.zeros(0, int)
+    if smote_ratio:
+        source, target = by_domain[:2]
+        if len(target) < 3:
+            raise ValueError(f"--smote needs at least 3 target training clips, not {len(target)}")
+        synthetic, x = smote(train[target], max(0, int(smote_ratio * len(source)) - len(target)))
+        made_from = target[x]
+    # A domain without clips has no bank.
+    banks = [np.arange(len(train))] if normalize in ("none", "density") else [m for m in by_domain if len(m)]
+
+    per_bank = []
+    for members in banks:
+        real, filled, origin = train[members], train[members], members
+        if set(made_from) <= set(members):
+            filled, origin = np.concatenate([real, synthetic]), np.concatenate([members, made_from])
+        density_real = density_filled = None
+        if normalize == "density":
+            # Wilkinghoff et al. 2025, arXiv 2509.10951: min over y of d(x, y) / mean of y's own k smallest
+            density_real, density_filled = (nearest(rows, rows, k, leave_one_out=True)[0] for rows in (real, filled))
+            if min(density_real.min(), density_filled.min()) < 1e-6:
+                raise ValueError("--normalize density: two training clips are the same; remove one of them")
+        of_test, index = nearest(test, filled, k, density_filled)
+        of_train = np.empty(len(train), np.float32)
+        of_train[members] = nearest(real, real, k, density_real, leave_one_out=True)[0]
+        if len(others := np.setdiff1d(np.arange(len(train)), members)):
+            of_train[others] = nearest(train[others], real, k)[0]
+        mean, std = 0.0, 1.0
+        if normalize in ("train", "test"):
+            reference = of_train[members] if normalize == "train" else of_test
+            mean, std = reference.mean(), reference.std()
+            if std < 1e-9:
+                raise ValueError(
+                    f"--normalize {normalize}: {len(reference)} scores of a domain do not vary; too few clips"
+                )
+        per_bank.append(((of_test - mean) / std, (of_train - mean) / std, origin[index]))
+
+    test_scores, train_scores, origins = (np.stack(parts) for parts in zip(*per_bank, strict=True))
+    best = test_scores.argmin(axis=0)
+    return test_scores.min(axis=0), train_scores.min(axis=0), origins[best, np.arange(len(test))]
+
+
+# ---------------------------------------------------------------- files
+
+
+def write_csv(path: Path, rows: list[tuple]) -> None:
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
+    """Embed, score and write the files of one machine."""
+    run = args.run
+    clips = {split: list_clips(args.data, machine, split) for split in ("train", "test")}
+    train, test = clips["train"], clips["test"]
+    cache = run / f"embeddings_{machine}.npz"
+    arrays = cached_embeddings(cache, model, model_id, clips, args.batch_size, args.workers)
+    domains = [clip.domain for clip in train]
+    try:
+        scores, train_scores, neighbours = anomaly_scores(
+            arrays["train"], arrays["test"], domains, args.k, args.normalize, args.smote
+        )
+    except ValueError as error:
+        raise ValueError(f"{machine}: {error}") from error
+    threshold = np.percentile(train_scores, 90)
+    decisions = scores > threshold
+
+    names = [clip.path.name for clip in test]
+    write_csv(run / f"anomaly_score_{machine}_section_00_test.csv", list(zip(names, scores.tolist(), strict=True)))
+    write_csv(
+        run / f"decision_result_{machine}_section_00_test.csv", list(zip(names, decisions.astype(int), strict=True))
+    )
+    near = [
+        (name, train[i].path.name, score) for name, i, score in zip(names, neighbours, scores.tolist(), strict=True)
+    ]
+    write_csv(run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "score"), *near])
+    # evaluate.py prints beside the numbers how they were made
+    how = {"model": model_id.split()[0], "normalize": args.normalize, "k": args.k, "smote": args.smote}
+    write_file(run / f"scoring_{machine}.json", json.dumps(how).encode())
+    counts = ", ".join(f"{domains.count(d)} {d}" for d in ("source", "target") if d in domains)
+    print(
+        f"{machine}: {len(test)} test clips against {len(train)} training clips"
+        + (f" ({counts})" if counts else "")
+        + f"; {decisions.sum()} above the threshold of {threshold:.4g}"
+    )
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def parse_args(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Namespace]:
+    parser = argparse.ArgumentParser(
+        prog="score.py",
+        usage=argparse.SUPPRESS,
+        allow_abbrev=False,
+        description="Score the test clips of machines: python score.py --machine fan",
+    )
+    add = parser.add_argument
+    add(
+        "--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all; part of the run's or all"
+    )
+    add("--data", help="holds <machine>/{train,test}/*.wav (where the run was trained; data with --pretrained)")
+    add("--run", help="the run folder, read and written (runs/<names>, runs/pretrained-<names>)")
+    add("--weights", help="the AST's public weights (those of the run; weights/ast.safetensors with --pretrained)")
+    add("--pretrained", action="store_true", help="use the AST as it is: mean of its class tokens, no run needed")
+    add("--k", type=at_least(1), default=1, help="nearest neighbours to average (%(default)s) [same lab]")
+    add("--normalize", default="none", choices=["none", "train", "test", "density"],
+        help="between the domains, see the top of score.py; test is transductive (%(default)s) [same lab]")  # fmt: skip
+    add("--smote", type=at_least(0, float), default=0.0,
+        help="fill the target bank up to this share of the source bank: 0.2 [ASDKit] (%(default)s, off)")  # fmt: skip
+    add(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="cpu, cuda, cuda:1 (a GPU if there is one)",
+    )
+    add("--batch-size", type=at_least(1), default=32, help="windows of 10 s (%(default)s)")
+    add("--demo", action="store_true", help="the made-up machines of train.py --demo")
+    args = parser.parse_args(argv)
+    if args.demo:
+        parser.set_defaults(device=DEMO["device"], batch_size=DEMO["batch_size"], data=DEMO["data"])
+        args = parser.parse_args(argv)
+    args.run = Path(args.run or default_run(args.machine, args.demo, args.pretrained))
+    args.workers = 0 if args.device == "cpu" else 8
+    return parser, args
+
+
+def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder, str]:
+    """-> (the model, ready to embed; what identifies it). Fills in --data from the run."""
+    if args.pretrained:
+        args.data = args.data or "data"
+        args.weights = args.weights or (DEMO["weights"] if args.demo else "weights/ast.safetensors")
+        if args.demo:
+            prepare_demo(machines, args.data, args.weights)
+        fetch_weights(args.weights)
+        model = Embedder(load_ast(args.weights), pooling="cls", embedding=None)
+        args.run.mkdir(parents=True, exist_ok=True)
+        model_id = f"pretrained {file_digest(args.weights)[:12]}"
+    else:
+        model, trained = load_run(args.run, args.weights)
+        if untrained := [machine for machine in machines if machine not in machine_names(trained.machine)]:
+            raise ValueError(
+                f"{args.run} was not trained on {', '.join(untrained)}, only on {' '.join(trained.machine)}; "
+                "train jointly, or use --pretrained"
+            )
+        args.data = args.data or trained.data
+        model_id = f"adapter {file_digest(args.run / 'adapter.pt')[:12]}"
+        merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
+    return model.to(args.device).eval(), model_id
+
+
+def main(argv: list[str] | None = None) -> None:
+    argv = sys.argv[1:] if argv is None else argv
+    parser, args = parse_args(argv)
+    try:
+        resolve_device(args.device)
+        machines = machine_names(args.machine)
+        model, model_id = load_model(args, machines)
+        for split in ("train", "test"):
+            prepare(machines, args.data, split)
+        for machine in machines:
+            score_machine(machine, model, model_id, args)
+    except KeyboardInterrupt:
+        parser.exit(130, f"\nscore.py: interrupted; python score.py {shlex.join(argv)} goes on with the next machine\n")
+    except torch.OutOfMemoryError:
+        parser.error(f"the GPU's memory is too small for --batch-size {args.batch_size}; halve it")
+    except (ValueError, OSError) as error:
+        parser.error(last_line(error))
+    if args.normalize == "test":
+        print("note: --normalize test is transductive: each score depends on the whole test set")
+    print(f"wrote {args.run}; next: {next_command('evaluate.py', args.machine, args.run, args.demo)}")
+
+
+if __name__ == "__main__":
+    main()
