@@ -202,11 +202,10 @@ def percent(values: list[float]) -> str:
 
 def completeness(which: str, trial: list[dict]) -> str:
     """'' for a full set, or what is missing from it."""
-    whole = {"dev": 7, "eval": 7, "own": 0}[which]
-    values = sum(not math.isnan(row[key]) for row in trial for key in ROWS)
-    parts = [f"partial ({len(trial)}/7)"] if whole and len(trial) < whole else []
-    parts += [f"{3 * len(trial) - values} of {3 * len(trial)} values undefined"] if values < 3 * len(trial) else []
-    return " ".join(parts)
+    undefined = sum(math.isnan(row[key]) for row in trial for key in ROWS)
+    notes = [f"{len(trial)}/7"] if which != "own" and len(trial) < 7 else []
+    notes += [f"{undefined} of {3 * len(trial)} values undefined"] if undefined else []
+    return f"partial ({'; '.join(notes)})" if notes else ""
 
 
 def table(which: str, trials: list[list[dict]]) -> str:

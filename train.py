@@ -184,12 +184,17 @@ def check_run(args: argparse.Namespace, record: dict) -> dict | None:
     ValueError: it holds a run and neither --resume nor --overwrite is given, or --resume differs from it.
     """
     run = Path(args.run)
-    if args.overwrite or not (run / "args.json").exists():
+    if args.overwrite:
         return None
-    finished = (run / "adapter.pt").exists()
     if not args.resume:
-        how = "--overwrite replaces it" if finished else "--resume goes on, --overwrite starts again"
-        raise ValueError(f"{run} holds {'a finished' if finished else 'an unfinished'} run; {how}, --run names another")
+        if (run / "adapter.pt").exists():
+            raise ValueError(f"{run} holds a finished run; --overwrite replaces it, --run names another folder")
+        if (run / "args.json").exists():
+            raise ValueError(f"{run} holds an unfinished run; --resume goes on with it, --overwrite starts again")
+        if any(any(run.glob(pattern)) for pattern in RESULTS):
+            raise ValueError(f"{run} holds results; --overwrite removes them, --run names another folder")
+    if not (run / "args.json").exists():
+        return None  # nothing to resume: it was interrupted before its first file
     old = json.loads((run / "args.json").read_text())
     before = old["args"] | {key: old[key] for key in ("classes", "clips", "weights_sha256")}
     now = record["args"] | {key: record[key] for key in ("classes", "clips", "weights_sha256")}
@@ -247,7 +252,7 @@ def train(args: argparse.Namespace) -> None:
             f"all {len(clips)} clips are of one class ({'/'.join(classes[0])}), so there is nothing to tell apart; "
             "train jointly with other machines (--machine pump fan valve), or skip training: score.py --pretrained"
         )
-    labels = torch.tensor([classes.index((clip.machine, clip.attributes)) for clip in clips])
+    labels = torch.tensor([classes.index((clip.machine, clip.attributes)) for clip in clips], device=device)
 
     record = describe(args, clips, classes)
     checkpoint = check_run(args, record)
@@ -289,50 +294,46 @@ def train(args: argparse.Namespace) -> None:
     )
     batches = iter(loader)
     augment = SpecAug(args.time_mask, args.freq_mask)
-    progress = tqdm(total=args.epochs * len(clips), initial=done * len(clips), unit="clip", smoothing=0.05)
-    for epoch in epochs:
-        torch.manual_seed(epoch_seed(args.seed, epoch))
-        model.train()
-        totals, unread = torch.zeros(3, dtype=torch.float64), []  # summed loss, hits, clips of this epoch
-        for i in range(len(plan[epoch])):
-            waves, n_samples, index = (tensor.to(device, non_blocking=True) for tensor in next(batches))
-            y = labels.to(device)[index]
-            x = augment(spectrogram(waves, n_samples))  # (B, 1024, 128)
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                embedding = model(x)  # (B, embedding)
-            logits = arcface(embedding, y)  # (B, classes), in float32
-            loss = F.cross_entropy(logits, y)
+    with tqdm(total=args.epochs * len(clips), initial=done * len(clips), unit="clip", smoothing=0.05) as progress:
+        for epoch in epochs:
+            torch.manual_seed(epoch_seed(args.seed, epoch))
+            model.train()
+            totals, unread = torch.zeros(3, dtype=torch.float64), []  # summed loss, hits, clips of this epoch
+            for i in range(len(plan[epoch])):
+                waves, n_samples, index = (tensor.to(device, non_blocking=True) for tensor in next(batches))
+                y = labels[index]
+                x = augment(spectrogram(waves, n_samples))  # (B, 1024, 128)
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    embedding = model(x)  # (B, embedding)
+                logits = arcface(embedding, y)  # (B, classes), in float32
+                loss = F.cross_entropy(logits, y)
 
-            first = i - i % args.accumulate  # of the batches whose gradients make one step
-            (loss / min(args.accumulate, len(plan[epoch]) - first)).backward()
-            if i == len(plan[epoch]) - 1 or (i + 1) % args.accumulate == 0:
-                step += 1
-                lr = args.lr * min(1, step / max(args.warmup, 1))
-                for group in optimizer.param_groups:
-                    group["lr"] = lr
-                optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                hits = (arcface.classify(embedding.detach()) == y).sum()
+                lr = args.lr * min(1, (step + 1) / max(args.warmup, 1))
+                unread.append((step + 1, lr, torch.stack([loss.detach(), hits, torch.ones_like(hits) * len(y)])))
 
-            # Reading a number from a GPU waits for it: do that every tenth batch.
-            hits = (arcface.classify(embedding.detach()) == y).sum()
-            unread.append((step, torch.stack([loss.detach(), hits, torch.ones_like(hits) * len(y)])))
-            progress.update(len(y))
-            if len(unread) == 10 or i == len(plan[epoch]) - 1:
-                numbers = torch.stack([batch for _, batch in unread]).tolist()
-                for (at_step, _), (batch_loss, batch_hits, size) in zip(unread, numbers, strict=True):
-                    if not math.isfinite(batch_loss):
-                        raise ValueError(diverged(f"the loss is {batch_loss}", at_step, lr, run, epoch))
-                    totals += torch.tensor([size * batch_loss, batch_hits, size], dtype=torch.float64)
-                unread = []
-                mean_loss, accuracy = (totals[:2] / totals[2]).tolist()
-                progress.set_postfix(epoch=epoch, loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.3f}")
-        if not all(parameter.isfinite().all() for parameter in parameters):
-            raise ValueError(diverged("a weight is not finite", step, lr, run, epoch))
-        log.append({"epoch": epoch, "step": step, "lr": lr, "loss": mean_loss, "accuracy": accuracy})
-        state = {"epoch": epoch, "step": step, "log": log, "model": trained_state(model)}
-        save(run / "last.pt", state | {"arcface": arcface.state_dict(), "optimizer": optimizer.state_dict()})
-        write_log(run / "log.csv", log)
-    progress.close()
+                first = i - i % args.accumulate  # of the batches whose gradients make one step
+                (loss / min(args.accumulate, len(plan[epoch]) - first)).backward()
+                if i + 1 == min(first + args.accumulate, len(plan[epoch])):
+                    for group in optimizer.param_groups:
+                        group["lr"] = lr
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+                    step += 1
+
+                # Reading a number from a GPU waits for it: do that every tenth batch.
+                progress.update(len(y))
+                if len(unread) == 10 or i == len(plan[epoch]) - 1:
+                    totals += read(unread, run, epoch)
+                    unread = []
+                    mean_loss, accuracy = (totals[:2] / totals[2]).tolist()
+                    progress.set_postfix(epoch=epoch, loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.3f}")
+            if not all(parameter.isfinite().all() for parameter in parameters):
+                raise ValueError(diverged("a weight is not finite", step, lr, run, epoch))
+            log.append({"epoch": epoch, "step": step, "lr": lr, "loss": mean_loss, "accuracy": accuracy})
+            state = {"epoch": epoch, "step": step, "log": log, "model": trained_state(model)}
+            save(run / "last.pt", state | {"arcface": arcface.state_dict(), "optimizer": optimizer.state_dict()})
+            write_log(run / "log.csv", log)
 
     write_log(run / "log.csv", log)
     save(run / "adapter.pt", trained_state(model))
@@ -341,6 +342,18 @@ def train(args: argparse.Namespace) -> None:
     size = (run / "adapter.pt").stat().st_size
     print(f"wrote {run}: adapter.pt ({size / 1e6:.1f} MB), last.pt, log.csv, args.json")
     print(f"next: {next_command('score.py', args.machine, run, args.demo)}")
+
+
+def read(unread: list[tuple[int, float, Tensor]], run: Path, epoch: int) -> Tensor:
+    """Batches of (step, learning rate, [mean loss, hits, clips]) -> [summed loss, hits, clips].
+
+    ValueError: a loss that is not finite.
+    """
+    loss, hits, size = torch.stack([numbers for *_, numbers in unread]).double().cpu().unbind(dim=1)
+    for (step, lr, _), value in zip(unread, loss.tolist(), strict=True):
+        if not math.isfinite(value):
+            raise ValueError(diverged(f"the loss is {value}", step, lr, run, epoch))
+    return torch.stack([(loss * size).sum(), hits.sum(), size.sum()])
 
 
 def diverged(what: str, step: int, lr: float, run: Path, epoch: int) -> str:
@@ -362,7 +375,7 @@ DEMO = {
     "data": "data/demo",
     "weights": "data/demo/ast.pth",
     "epochs": 3,
-    "batch_size": 8,
+    "batch_size": 4,
     "warmup": 5,
     "lr": 1e-3,
     "device": "cpu",

@@ -1,0 +1,52 @@
+"""What the tests share: the scripts on the path, real clips where there are some, and a small geometry.
+
+ASD_REAL names a folder with real/<machine>/{train,test}/*.wav (DCASE2023 clips under their official names),
+scores/ (score files of real systems), wav_cases/ (awkward WAV files) and golden/ (numbers that the official AST
+code printed). Tests that need it are skipped without it.
+"""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import backbone  # noqa: E402
+import data  # noqa: E402
+import train  # noqa: E402
+
+REAL = Path(os.environ["ASD_REAL"]).resolve() if "ASD_REAL" in os.environ else None
+needs_real = pytest.mark.skipif(REAL is None, reason="ASD_REAL is not set")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+
+
+@pytest.fixture
+def small(tmp_path, monkeypatch):
+    """An empty working folder, and spectrograms of 96 frames instead of 1024: every line runs, in a tenth of the time.
+
+    A clip of 1 s has 98 frames then, so it is longer than one window.
+    """
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(data, "N_FRAMES", 96)
+    monkeypatch.setattr(data, "WINDOW", data.FRAME + 95 * data.HOP)
+    monkeypatch.setattr(data.fit_frames, "__defaults__", (96,))
+    monkeypatch.setattr(train, "N_FRAMES", 96)
+    monkeypatch.setattr(backbone, "N_FRAMES", 96)
+    return tmp_path
+
+
+def small_demo(*machines: str, n_train: int = 7, n_test: int = 1) -> None:
+    """The demo's machines in the `small` fixture's folder, with short clips and few of them."""
+    for machine in machines:
+        data.make_demo("data/demo", machine, n_train, n_test, seconds=1.0)
+
+
+def script(name: str, *args: str, cwd: Path, **more) -> subprocess.CompletedProcess:
+    """Run a script as a user does."""
+    command = [sys.executable, str(ROOT / name), *args]
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **more)

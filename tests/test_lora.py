@@ -1,0 +1,238 @@
+"""lora.py: the equation, its merging, and where it is put."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from backbone import AST
+from lora import LoRALinear, add_lora, count_parameters, load_lora_state_dict, lora_state_dict, merge_lora
+
+
+def adapted_layer(rank=4, alpha=6.0, dropout=0.0, bias=True, dtype=torch.float32) -> LoRALinear:
+    """A layer 10 -> 7 whose B is no longer zero; alpha ≠ rank, so that a forgotten scaling shows."""
+    torch.manual_seed(0)
+    layer = LoRALinear(nn.Linear(10, 7, bias=bias, dtype=dtype), rank, alpha, dropout)
+    nn.init.normal_(layer.B)
+    return layer
+
+
+def test_forward_is_the_equation():
+    layer, x = adapted_layer(), torch.randn(3, 5, 10)
+    W, b, A, B, X = (t.detach().double().numpy() for t in (layer.base.weight, layer.base.bias, layer.A, layer.B, x))
+    expected = X @ W.T + b + 6.0 / 4 * (X @ A.T @ B.T)
+    torch.testing.assert_close(layer(x).double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
+
+
+def test_a_worked_example():
+    """W = 0, A = [[1, 2]], B = [[3], [4]], rank 1, alpha 2: y = 2 · (x₁ + 2 x₂) · (3, 4); x = (1, 1) -> (18, 24)."""
+    layer = LoRALinear(nn.Linear(2, 2, bias=False), rank=1, alpha=2)
+    with torch.no_grad():
+        layer.base.weight.zero_()
+        layer.A.copy_(torch.tensor([[1.0, 2.0]]))
+        layer.B.copy_(torch.tensor([[3.0], [4.0]]))
+    assert layer(torch.tensor([1.0, 1.0])).tolist() == [18.0, 24.0]
+
+
+def test_zero_B_leaves_the_backbone_unchanged():
+    torch.manual_seed(0)
+    ast = AST(dim=64, depth=2, heads=1).eval()
+    x = torch.randn(1, 1024, 128)
+    with torch.no_grad():
+        before = ast(x)
+        add_lora(ast, ["q", "k", "v", "proj", "fc1", "fc2"], rank=3, alpha=7)
+        assert torch.equal(ast(x), before)
+
+
+def test_A_starts_as_wide_as_a_linear_layer():
+    """Uniform in ±1/√in: standard deviation 1/√(3 in). A transposed A would be √(in/rank) times too wide."""
+    A = LoRALinear(nn.Linear(768, 768), rank=16, alpha=16).A
+    assert A.abs().max() <= 1 / math.sqrt(768)
+    assert A.std().item() == pytest.approx(1 / math.sqrt(3 * 768), rel=0.03)
+
+
+def test_gradients_are_those_of_the_dense_update():
+    """With G = ∂L/∂W' of the merged layer: ∂L/∂B = alpha/rank · G Aᵀ and ∂L/∂A = alpha/rank · Bᵀ G."""
+    layer, x, g = adapted_layer(), torch.randn(6, 10), torch.randn(6, 7)
+    layer(x).backward(g)
+    G = g.T @ x
+    torch.testing.assert_close(layer.B.grad, 1.5 * G @ layer.A.detach().T)
+    torch.testing.assert_close(layer.A.grad, 1.5 * layer.B.detach().T @ G)
+    assert layer.base.weight.grad is None and layer.base.bias.grad is None
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_merged_equals_unmerged_and_differs_from_the_base(bias):
+    layer, x = adapted_layer(bias=bias), torch.randn(4, 10)
+    base_before = layer.base.weight.clone()
+    merged = layer.merged()
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged(x), layer(x), atol=1e-5, rtol=0)
+    assert (merged(x) - layer.base(x)).abs().max() > 0.1
+    assert torch.equal(layer.base.weight, base_before), "merging must not touch the layer itself"
+
+
+def test_merging_a_bfloat16_layer_rounds_once():
+    layer = adapted_layer(dtype=torch.bfloat16)
+    exact = layer.base.weight.float() + 1.5 * layer.B.float() @ layer.A.float()
+    assert torch.equal(layer.merged().weight, exact.bfloat16())
+
+
+def test_dropout_acts_on_the_update_only_and_only_in_training():
+    layer, x = adapted_layer(dropout=0.5), torch.randn(1, 10)
+    layer.train()
+    outputs = torch.stack([layer(x) for _ in range(2000)])
+    assert outputs.std(dim=0).min() > 0
+    layer.eval()
+    expected = layer(x)
+    torch.testing.assert_close(outputs.mean(dim=0), expected, atol=0.3, rtol=0)  # dropout keeps the mean
+    assert torch.equal(layer(x), expected)
+    nn.init.zeros_(layer.B)
+    assert torch.equal(layer.train()(x), layer.base(x)), "the base layer's input is never dropped"
+
+
+def test_peft_computes_the_same():
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    ours, x, g = adapted_layer(), torch.randn(6, 10), torch.randn(6, 7)
+    model = nn.ModuleDict({"layer": nn.Linear(10, 7)})
+    model["layer"].load_state_dict(ours.base.state_dict())
+    config = peft.LoraConfig(r=4, lora_alpha=6, target_modules=["layer"], lora_dropout=0.0)
+    theirs = peft.inject_adapter_in_model(config, model)["layer"]
+    with torch.no_grad():
+        theirs.lora_A["default"].weight.copy_(ours.A)
+        theirs.lora_B["default"].weight.copy_(ours.B)
+    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=0)
+    ours(x).backward(g)
+    theirs(x).backward(g)
+    torch.testing.assert_close(ours.A.grad, theirs.lora_A["default"].weight.grad, atol=1e-5, rtol=0)
+    torch.testing.assert_close(ours.B.grad, theirs.lora_B["default"].weight.grad, atol=1e-5, rtol=0)
+    theirs.merge()
+    torch.testing.assert_close(ours.merged().weight, theirs.get_base_layer().weight, atol=1e-5, rtol=0)
+
+
+# ---------------------------------------------------------------- where it is put
+
+
+def wrapped(model: nn.Module) -> list[str]:
+    return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
+
+
+def small_ast(depth=3) -> AST:
+    torch.manual_seed(0)
+    return AST(dim=64, depth=depth, heads=1).requires_grad_(False)
+
+
+def test_add_lora_wraps_exactly_the_named_layers_of_the_chosen_blocks():
+    ast = small_ast()
+    add_lora(ast, ["v", "fc1"], rank=2, alpha=3, layers=[0, 2])
+    assert wrapped(ast) == ["blocks.0.attn.v", "blocks.0.mlp.fc1", "blocks.2.attn.v", "blocks.2.mlp.fc1"]
+    trainable = {name for name, p in ast.named_parameters() if p.requires_grad}
+    assert trainable == {f"{name}.{matrix}" for name in wrapped(ast) for matrix in "AB"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"targets": ["qkv"]}, "'qkv' names no linear layer"),
+        ({"targets": ["norm1"]}, "'norm1' names no linear layer"),
+        ({"targets": []}, "at least one"),
+        ({"layers": [3]}, "layer 3 does not exist: this model has layers 0-2"),
+        ({"layers": [-1]}, "layer -1 does not exist"),
+        ({"layers": []}, "at least one"),
+        ({"rank": 0}, "rank must be at least 1"),
+        ({"alpha": 0.0}, "alpha must be positive"),
+        ({"alpha": math.nan}, "alpha must be positive"),
+        ({"dropout": 1.0}, "dropout must be in"),
+    ],
+)
+def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
+    ast = small_ast()
+    with pytest.raises(ValueError, match=message):
+        add_lora(ast, **({"targets": ["q"], "rank": 2, "alpha": 2} | arguments))
+    assert wrapped(ast) == []
+
+
+def test_wrapping_twice_is_refused():
+    ast = small_ast()
+    add_lora(ast, ["q"], rank=2, alpha=2)
+    with pytest.raises(ValueError, match="layer 0 q has LoRA already"):
+        add_lora(ast, ["q", "v"], rank=2, alpha=2)
+    assert all(name.endswith(".q") for name in wrapped(ast))
+
+
+def randomise(ast: AST) -> None:
+    for name, parameter in ast.named_parameters():
+        if name.endswith(".B"):
+            nn.init.normal_(parameter, std=0.1)
+
+
+def test_a_merged_model_computes_the_same_without_any_adapter():
+    ast, x = small_ast(), torch.randn(1, 1024, 128)
+    add_lora(ast, ["q", "v", "fc2"], rank=4, alpha=2)
+    with torch.no_grad():
+        base = ast(x)
+        randomise(ast)
+        unmerged = ast(x)
+        merge_lora(ast)
+        torch.testing.assert_close(ast(x), unmerged, atol=1e-5, rtol=0)
+    assert wrapped(ast) == [] and (unmerged - base).abs().max() > 1e-2
+
+
+def test_adapters_survive_a_round_trip():
+    ast, other = small_ast(), small_ast()
+    for model in (ast, other):
+        add_lora(model, ["q", "v"], rank=4, alpha=2)
+    randomise(ast)
+    load_lora_state_dict(other, lora_state_dict(ast))
+    assert all(torch.equal(lora_state_dict(other)[name], tensor) for name, tensor in lora_state_dict(ast).items())
+
+
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"rank": 2}, "another rank"),
+        ({"targets": ["q"]}, "other layers or targets"),
+        ({"targets": ["q", "k"]}, "other layers or targets"),
+        ({"layers": [1, 2]}, "other layers or targets"),
+    ],
+)
+def test_an_adapter_of_another_shape_is_refused_and_changes_nothing(other, message):
+    arguments = {"targets": ["q", "v"], "rank": 4, "alpha": 2, "layers": None}
+    ast, prepared = small_ast(), small_ast()
+    add_lora(ast, **arguments)
+    add_lora(prepared, **(arguments | other))
+    before = {name: tensor.clone() for name, tensor in lora_state_dict(prepared).items()}
+    with pytest.raises(ValueError, match=message):
+        load_lora_state_dict(prepared, lora_state_dict(ast))
+    assert all(torch.equal(lora_state_dict(prepared)[name], tensor) for name, tensor in before.items())
+
+
+@pytest.mark.parametrize(
+    ("targets", "rank", "count"),
+    [  # of the README: a layer in -> out has rank · (in + out), in each of 12 blocks
+        (["q", "v"], 64, 2_359_296),
+        (["v"], 64, 1_179_648),
+        (["q", "k", "v"], 64, 3_538_944),
+        (["q", "k", "v", "proj"], 64, 4_718_592),
+        (["q", "k", "v", "proj", "fc1", "fc2"], 64, 10_616_832),
+        (["q", "v"], 4, 147_456),
+        (["q", "v"], 128, 4_718_592),
+    ],
+)
+def test_parameter_counts_of_the_base_ast(targets, rank, count):
+    with torch.device("meta"):
+        ast = AST().requires_grad_(False)
+    assert count_parameters(ast) == (0, 86_187_264)
+    add_lora(ast, targets, rank, alpha=rank)
+    assert count_parameters(ast) == (count, 86_187_264 + count)
+
+
+def test_nothing_below_the_first_adapter_is_recorded_for_the_backward_pass():
+    ast = small_ast(depth=4)
+    add_lora(ast, ["v"], rank=2, alpha=2, layers=[2, 3])
+    recorded = {}
+    for i, block in enumerate(ast.blocks):
+        block.register_forward_hook(lambda _, __, output, i=i: recorded.update({i: output.requires_grad}))
+    ast(torch.randn(1, 1024, 128))
+    assert recorded == {0: False, 1: False, 2: True, 3: True}
