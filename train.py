@@ -138,6 +138,8 @@ def load_run(run: str | Path, weights: str | Path | None = None) -> tuple[Embedd
     record = json.loads((run / "args.json").read_text())
     args = argparse.Namespace(**record["args"])
     args.weights = str(weights or args.weights)
+    if not Path(args.weights).exists():
+        raise ValueError(f"{args.weights}, the AST that {run} was trained on, is missing; --weights tells where it is")
     digest = file_digest(args.weights)
     if digest != record["weights_sha256"]:
         raise ValueError(
@@ -374,7 +376,7 @@ def write_log(path: Path, rows: list[dict]) -> None:
 DEMO = {
     "data": "data/demo",
     "weights": "data/demo/ast.pth",
-    "epochs": 3,
+    "epochs": 2,
     "batch_size": 4,
     "warmup": 5,
     "lr": 1e-3,

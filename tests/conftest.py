@@ -5,6 +5,7 @@ scores/ (score files of real systems), wav_cases/ (awkward WAV files) and golden
 code printed). Tests that need it are skipped without it.
 """
 
+import multiprocessing
 import os
 import subprocess
 import sys
@@ -44,6 +45,24 @@ def small_demo(*machines: str, n_train: int = 7, n_test: int = 1) -> None:
     """The demo's machines in the `small` fixture's folder, with short clips and few of them."""
     for machine in machines:
         data.make_demo("data/demo", machine, n_train, n_test, seconds=1.0)
+
+
+def in_a_process(main, argv: list[str], kill_after: float | None = None) -> int:
+    """Run a script's main in a process forked from this one, which has the libraries loaded; -> its exit status.
+
+    kill_after  seconds until it is sent SIGKILL; the status is then -9, unless it had ended by itself
+    """
+
+    def run():
+        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
+        main(argv)
+
+    process = multiprocessing.get_context("fork").Process(target=run)
+    process.start()
+    process.join(kill_after)
+    process.kill()
+    process.join()
+    return process.exitcode
 
 
 def script(name: str, *args: str, cwd: Path, **more) -> subprocess.CompletedProcess:

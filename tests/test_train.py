@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import ROOT, needs_cuda, small_demo
+from conftest import ROOT, in_a_process, needs_cuda, small_demo
 
+import score
 import train
 from data import HOP, list_clips, read_wav
 from train import ArcFace, draw_batches, load_run
@@ -329,59 +330,40 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(small, monkeypatch, 
     assert results(run("--epochs", "3", "--resume")) == whole
 
 
-# A user's process in the small geometry: what `small` patches, and then the real command line.
-CHILD = """
-import sys; sys.path[:0] = [sys.argv[1], sys.argv[1] + "/tests"]
-import backbone, data, train, score, torch
-torch.set_num_threads(1)
-data.N_FRAMES = train.N_FRAMES = backbone.N_FRAMES = 96
-data.WINDOW, data.fit_frames.__defaults__ = data.FRAME + 95 * data.HOP, (96,)
-print("go", flush=True)
-{"train": train, "score": score}[sys.argv[2]].main(sys.argv[3:])
-"""
-
-
-def child(*argv: str) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(ROOT), *argv], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
 def test_training_and_scoring_killed_at_random_moments_end_with_the_same_bytes(small):
-    """kill -9, three times in training and twice in scoring, each time going on with the same command."""
-    small_demo("fan", n_train=14, n_test=4)
-    rng, flags = random.Random(0), ["--machine", "fan", "--demo", "--epochs", "6"]
+    """kill -9, five times in training and three times in scoring, each time going on with the same command."""
+    small_demo("fan", n_train=14, n_test=8)
+    rng, folder = random.Random(0), Path("runs/demo-fan")
+    training = (train.main, ["--machine", "fan", "--demo", "--epochs", "6"])
+    resuming = (train.main, [*training[1], "--resume"])
+    scoring = (score.main, ["--machine", "fan", "--demo"])
 
-    def to_the_end(*argv):
-        process = child(*argv)
-        assert process.wait() == 0, process.stderr.read()
-
-    def killed(after: float, *argv):
-        process = child(*argv)
-        process.stdout.readline()
-        time.sleep(after)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-
-    to_the_end("train", *flags)
-    to_the_end("score", "--machine", "fan", "--demo")
-    folder = Path("runs/demo-fan")
+    assert [in_a_process(*command) for command in (training, scoring)] == [0, 0]
     names = ["adapter.pt", "log.csv", "embeddings_fan.npz", "nearest_fan.csv"]
     names += [f"{kind}_fan_section_00_test.csv" for kind in ("anomaly_score", "decision_result")]
     whole = {name: (folder / name).read_bytes() for name in names}
     shutil.rmtree("runs")
-    for _ in range(3):
-        killed(rng.uniform(0.2, 1.5), "train", *flags, "--resume")
-    to_the_end("train", *flags, "--resume")
-    for _ in range(2):
-        killed(rng.uniform(0.1, 0.5), "score", "--machine", "fan", "--demo")
-    to_the_end("score", "--machine", "fan", "--demo")
+    ends = [in_a_process(*resuming, kill_after=rng.uniform(0.05, 1)) for _ in range(5)]
+    assert in_a_process(*resuming) == 0
+    ends += [in_a_process(*scoring, kill_after=rng.uniform(0.05, 0.4)) for _ in range(3)]
+    assert in_a_process(*scoring) == 0
+    assert ends.count(-signal.SIGKILL) >= 6
     assert {name: (folder / name).read_bytes() for name in names} == whole
+
+
+CHILD = """
+import sys; sys.path.insert(0, sys.argv[1])
+import backbone, data, train
+data.N_FRAMES = train.N_FRAMES = backbone.N_FRAMES = 96
+data.WINDOW, data.fit_frames.__defaults__ = data.FRAME + 95 * data.HOP, (96,)
+train.main(sys.argv[2:])
+"""
 
 
 def test_ctrl_c_ends_with_one_line_that_says_how_to_go_on(small):
     small_demo("fan", n_train=14)
-    process = child("train", "--machine", "fan", "--demo", "--epochs", "500")
+    command = [sys.executable, "-c", CHILD, str(ROOT), "--machine", "fan", "--demo", "--epochs", "500"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     while not (Path("runs/demo-fan/last.pt")).exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
