@@ -317,10 +317,10 @@ def log_mel(waves: Tensor) -> Tensor:
     window, filters = _window_and_mel_filters(waves.device)
     frames = waves.unfold(1, FRAME, HOP)  # (B, T, 400), a view
     frames = frames - frames.mean(dim=2, keepdim=True)
-    previous = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)
-    frames = (frames - 0.97 * previous) * window  # pre-emphasis
-    power = torch.fft.rfft(frames, n=512).abs().square()  # (B, T, 257)
-    return (power @ filters).clamp(min=torch.finfo(torch.float32).eps).log()
+    frames -= 0.97 * torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # pre-emphasis, first sample repeated
+    frames *= window
+    power = torch.fft.rfft(frames, n=512).abs().square_()  # (B, T, 257)
+    return (power @ filters).clamp_(min=torch.finfo(torch.float32).eps).log_()
 
 
 def fit_frames(x: Tensor, n: int = N_FRAMES) -> Tensor:
@@ -544,10 +544,9 @@ def make_demo(root: str | Path, machine: str, n_train: int = 21, n_test: int = 6
     pitch = random.uniform(40, 90)  # Hz, of this machine at speed 1
 
     def write(split: str, domain: str, label: str, index: int) -> None:
-        speed = int(random.choice([4] if domain == "target" else [1, 2, 3]))
-        wave = _demo_wave(
-            random, seconds, pitch * (1 + speed / 4), domain == "target", index % 3 if label == "anomaly" else None
-        )
+        speed = 4 if domain == "target" else 1 + index % 3
+        fault = (index + index // 3) % 3 if label == "anomaly" else None
+        wave = _demo_wave(random, seconds, pitch * (1 + speed / 4), domain == "target", fault)
         name = f"section_00_{domain}_{split}_{label}_{index:04d}_spd_{speed}.wav"
         (part / split).mkdir(parents=True, exist_ok=True)
         wavfile.write(part / split / name, SAMPLE_RATE, wave)

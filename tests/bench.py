@@ -259,9 +259,9 @@ def from_files(folder: Path, weights: Path, step_time: float) -> None:
     argv = ["--machine", "some", "--data", str(subset), "--weights", str(weights), "--run", str(folder / "run"),
             "--epochs", "2", "--batch-size", str(epoch_batch), "--device", str(DEVICE), "--overwrite"]  # fmt: skip
     ends = []
-    save, train.save = train.save, lambda *args: (sync(), ends.append(time.perf_counter()))
+    write_log, train.write_log = train.write_log, lambda *args: (write_log(*args), ends.append(time.perf_counter()))
     train.main(argv)
-    train.save = save
+    train.write_log = write_log
     whole, bare = ends[1] - ends[0], step_time * epoch_clips / epoch_batch
     row(f"train.py, second epoch of {epoch_clips} WAV files", f"{epoch_clips / whole:.3g} clips/s",
         f"bare steps {epoch_clips / bare:.3g}", f"{bare / whole:.0%}", "≥ 95 %")  # fmt: skip
@@ -307,11 +307,11 @@ def growth(folder: Path) -> None:
             f"{1e3 * whole / n:.1f} ms/clip", f"+{grown:.0f} MiB")  # fmt: skip
     for B in (8, 16, 32, 64, 128):
         gpu = DEVICE.type == "cuda"
-        model = make_ours(ast=None if gpu else AST(64, 2, 1))
+        model = make_ours(ast=None if gpu else AST(64, 1, 1))
         step = make_step(model, torch.randn(B, 1024, 128, device=DEVICE))
         try:
             time_ = seconds(step, rounds=10 if gpu else 1)[0]
-            what = "base AST" if gpu else "tiny AST (64 x 2)"
+            what = "base AST" if gpu else "tiny AST (64 x 1)"
             row(f"growth: LoRA step, {what}, batch {B}", f"{B / time_:.3g} clips/s", f"{memory(step):.2f} GiB")
         except torch.OutOfMemoryError:
             row(f"growth: LoRA step, base AST, batch {B}", "does not fit")

@@ -69,3 +69,11 @@ def script(name: str, *args: str, cwd: Path, **more) -> subprocess.CompletedProc
     """Run a script as a user does."""
     command = [sys.executable, str(ROOT / name), *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, **more)
+
+
+def assert_equal_within(tolerance: float, what: str, ours, theirs) -> None:
+    """Compare, and print the largest difference: `python -m pytest -rP | grep "largest difference"` lists them all."""
+    ours, theirs = (torch.as_tensor(values).detach().double() for values in (ours, theirs))
+    difference = (ours - theirs).abs().max().item()
+    print(f"{what}: largest difference {difference:.1e}")
+    assert ours.shape == theirs.shape and difference <= tolerance

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, needs_real
+from conftest import REAL, assert_equal_within, needs_real
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -52,7 +52,7 @@ def test_a_block_is_torchs_own_encoder_layer():
     )
     x = torch.randn(2, 9, 128)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x), atol=2e-5, rtol=1e-5)
+        assert_equal_within(2e-5, "AST block against torch.nn.TransformerEncoderLayer", ours(x), theirs(x))
 
 
 def test_layer_norm_eps_is_1e_6():
@@ -168,8 +168,8 @@ def test_embeddings_equal_the_official_codes(size, prefix, tmp_path):
         embedding = ClassTokenPooling()(ast(torch.from_numpy(x)))
         h = F.layer_norm(embedding, embedding.shape[1:], weights["mlp_head.0.weight"], weights["mlp_head.0.bias"])
         logits = F.linear(h, weights["mlp_head.1.weight"], weights["mlp_head.1.bias"])
-    torch.testing.assert_close(embedding, torch.tensor(case["embedding"]), atol=1e-5, rtol=0)
-    torch.testing.assert_close(logits[:, :8], torch.tensor(case["logits_first8"]), atol=1e-5, rtol=0)
+    assert_equal_within(1e-5, f"AST {size}, embedding against the official code", embedding, case["embedding"])
+    assert_equal_within(1e-5, f"AST {size}, logits against the official code", logits[:, :8], case["logits_first8"])
 
 
 def test_tokens_equal_transformers(tmp_path):
@@ -183,7 +183,7 @@ def test_tokens_equal_transformers(tmp_path):
     ours = load_ast(tmp_path / "ast.bin").eval()
     x = torch.randn(2, 1024, 128)
     with torch.no_grad():
-        torch.testing.assert_close(ours(x), theirs(x).last_hidden_state, atol=1e-5, rtol=0)
+        assert_equal_within(1e-5, "AST tokens against transformers", ours(x), theirs(x).last_hidden_state)
 
 
 # ---------------------------------------------------------------- weight files

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from conftest import assert_equal_within
 from torch import nn
 
 from backbone import AST
@@ -102,13 +103,14 @@ def test_peft_computes_the_same():
     with torch.no_grad():
         theirs.lora_A["default"].weight.copy_(ours.A)
         theirs.lora_B["default"].weight.copy_(ours.B)
-    torch.testing.assert_close(ours(x), theirs(x), atol=1e-5, rtol=0)
+    assert_equal_within(1e-5, "LoRA output against peft", ours(x), theirs(x))
     ours(x).backward(g)
     theirs(x).backward(g)
-    torch.testing.assert_close(ours.A.grad, theirs.lora_A["default"].weight.grad, atol=1e-5, rtol=0)
-    torch.testing.assert_close(ours.B.grad, theirs.lora_B["default"].weight.grad, atol=1e-5, rtol=0)
+    for matrix, name in (("A", "lora_A"), ("B", "lora_B")):
+        gradient = getattr(theirs, name)["default"].weight.grad
+        assert_equal_within(1e-5, f"LoRA gradient of {matrix} against peft", getattr(ours, matrix).grad, gradient)
     theirs.merge()
-    torch.testing.assert_close(ours.merged().weight, theirs.get_base_layer().weight, atol=1e-5, rtol=0)
+    assert_equal_within(1e-5, "LoRA merged against peft", ours.merged().weight, theirs.get_base_layer().weight)
 
 
 # ---------------------------------------------------------------- where it is put

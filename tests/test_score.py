@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, needs_real, small_demo
+from conftest import REAL, assert_equal_within, needs_real, small_demo
 from scipy.io import wavfile
 from sklearn.neighbors import NearestNeighbors
 
@@ -272,7 +272,9 @@ def test_merged_weights_score_as_unmerged_ones(small):
     model, _ = train.load_run(folder)
     with torch.no_grad():
         unmerged = embed(model.eval(), data.list_clips("data/demo", "fan", "test"), batch_size=4)
-    np.testing.assert_allclose(np.load(folder / "embeddings_fan.npz")["test"], unmerged, atol=1e-5)
+    assert_equal_within(
+        1e-5, "merged against unmerged embeddings", np.load(folder / "embeddings_fan.npz")["test"], unmerged
+    )
 
 
 def test_scoring_again_does_not_embed_again(small, monkeypatch, capsys):
