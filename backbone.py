@@ -24,16 +24,20 @@ import json
 import math
 import pickle
 import re
+import struct
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-N_FRAMES, N_MELS = 1024, 128  # the input, about 10.25 s; data.py makes it
+# The input, about 10.25 s; data.py makes it. The length is fixed since every patch has its own position
+# embedding: shorter clips are padded, longer ones cut into windows.
+N_FRAMES, N_MELS = 1024, 128
 PATCH, STRIDE = 16, 10  # neighbouring patches overlap by 6
 HEAD_DIM = 64  # in every AST and DeiT size
 
+WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
 WEIGHTS_URL = (
     "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve/"
     "f826b80d28226b62986cc218e5cec390b1096902/model.safetensors"
@@ -173,7 +177,7 @@ class Embedder(nn.Module):
         dim = ast.norm.weight.numel()
         self.ast = ast
         self.head = nn.Sequential()
-        self.head.pooling = {"cls": ClassTokenPooling, "asp": lambda: AttentiveStatisticsPooling(dim)}[pooling]()
+        self.head.pooling = ClassTokenPooling() if pooling == "cls" else AttentiveStatisticsPooling(dim)
         if embedding is not None:
             self.head.linear = nn.Linear(dim if pooling == "cls" else 2 * dim, embedding)
 
@@ -261,6 +265,19 @@ def load_ast(path: str | Path) -> AST:
     return ast
 
 
+# What torch's unpickler raises on files that are not what it expects.
+BROKEN = (
+    pickle.UnpicklingError,
+    struct.error,
+    RuntimeError,
+    EOFError,
+    LookupError,
+    ValueError,
+    TypeError,
+    AttributeError,
+)
+
+
 def load_file(path: str | Path) -> object:
     """What `torch.save` wrote, on the CPU. Unpickles tensors and plain containers only, executes nothing.
 
@@ -269,7 +286,7 @@ def load_file(path: str | Path) -> object:
     raw = Path(path).read_bytes()
     try:
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as e:
+    except BROKEN as e:
         kind = "a web page" if raw.lstrip()[:1] == b"<" else "truncated, damaged, or not a file of tensors"
         raise ValueError(f"{path} cannot be loaded: {kind}; delete it and fetch or make it again") from e
 
@@ -309,12 +326,18 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
-def fetch_weights(path: str | Path) -> None:
-    """Download the public AudioSet weights to `path` unless there, and verify their SHA-256."""
+def fetch_weights(path: str | Path = WEIGHTS) -> None:
+    """Download the public AudioSet weights unless they are there, and verify their SHA-256.
+
+    FileNotFoundError: `path` is another place, and empty: nothing is fetched under a name of one's own.
+    """
     from data import download  # only fetching needs it: the model itself imports nothing of data.py
 
-    if not Path(path).exists():
-        download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
+    if Path(path).exists():
+        return
+    if Path(path) != Path(WEIGHTS):
+        raise FileNotFoundError(f"{path} is missing; `python backbone.py` fetches the public weights to {WEIGHTS}")
+    download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -323,15 +346,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="backbone.py", usage=argparse.SUPPRESS, description="Fetch the AST weights, check them, describe them."
     )
-    parser.add_argument(
-        "--weights", default="weights/ast.safetensors", help="where they are or go (default: %(default)s)"
-    )
+    parser.add_argument("--weights", default=WEIGHTS, help="where they are (%(default)s, fetched if missing)")
     args = parser.parse_args(argv)
     try:
         fetch_weights(args.weights)
         ast = load_ast(args.weights)
     except (ValueError, OSError) as error:
         parser.error(str(error))
+    except KeyboardInterrupt:
+        parser.exit(130, "\nbackbone.py: interrupted; the same command goes on from here\n")
     digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
     print(f"{args.weights}  SHA-256 {digest}", "(the public AudioSet AST)" if digest == WEIGHTS_SHA256 else "(other)")
     print(f"AST: {len(ast.blocks)} blocks, {ast.norm.weight.numel()} dimensions, {ast.pos_embed.shape[1]} tokens")

@@ -15,9 +15,13 @@ names. The command fetches and verifies a machine of DCASE2023 Task 2:
 """
 
 import argparse
+import csv
 import difflib
+import errno
 import hashlib
+import http.client
 import io
+import json
 import os
 import re
 import shlex
@@ -65,7 +69,7 @@ class Clip(NamedTuple):
     attributes: str  # e.g. "vel_9_loc_A"; with the machine, the class that training tells apart
 
 
-CLIP_NAME = re.compile(r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}(?:_(.*))?\.wav")
+CLIP_NAME = re.compile(r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}(?:_(.*))?\.(?i:wav)")
 
 
 def parse_clip(path: str | Path) -> Clip:
@@ -111,7 +115,10 @@ def _why_missing(folder: Path) -> str:
 
 
 def machine_names(names: list[str]) -> list[str]:
-    """The machines meant by --machine: dev, eval and all are expanded, doubles dropped, the order kept."""
+    """The machines meant by --machine: dev, eval and all are expanded, doubles dropped, the order kept.
+
+    ValueError: a name that cannot be the name of a folder in --data.
+    """
     groups = {"dev": DEV, "eval": EVAL, "all": DEV + EVAL}
     for name in names:
         if not re.fullmatch(r"[^/\\+]+", name) or name.startswith("."):
@@ -143,6 +150,33 @@ def write_file(path: str | Path, content: bytes) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise OSError(f"cannot write {path}: {error.strerror}; the file is as it was before") from error
+
+
+def write_csv(path: str | Path, rows: list) -> None:
+    """A CSV file as the challenge wants it: fields quoted where they must be, \\n at the end of each line."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))  # any name that a file can have
+
+
+def read_json(path: str | Path) -> dict:
+    """{} where there is no such file. ValueError: it is damaged."""
+    try:
+        return json.loads(Path(path).read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}); restore it, or delete its folder") from error
+
+
+def make_run_folder(run: Path) -> None:
+    """OSError: it cannot be made or written to."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        if not os.access(run, os.W_OK):
+            raise PermissionError(errno.EACCES, "no write permission")
+    except OSError as error:
+        raise OSError(f"cannot use {run} as a run folder ({error.strerror}); name another with --run") from error
 
 
 def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
@@ -261,7 +295,7 @@ def window_starts(n_samples: int) -> list[int]:
     """First samples of the fewest evenly spaced 1024-frame windows that cover a clip; [0] if it fits into one."""
     n_frames = count_frames(n_samples)
     count = -(-n_frames // N_FRAMES)
-    return [round(i * (n_frames - N_FRAMES) / max(count - 1, 1)) * HOP for i in range(count)] if count > 1 else [0]
+    return [round(i * (n_frames - N_FRAMES) / (count - 1)) * HOP for i in range(count)] if count > 1 else [0]
 
 
 class Windows(torch.utils.data.Dataset):
@@ -297,7 +331,9 @@ def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
 @cache
 def _window_and_mel_filters(device: torch.device) -> tuple[Tensor, Tensor]:
     """Hann window (400,) and mel filters (257, 128) on `device`."""
-    filters, _ = get_mel_banks(N_MELS, 512, SAMPLE_RATE, 20.0, 0.0, 100.0, -500.0, 1.0)  # (128, 256)
+    band = {"low_freq": 20.0, "high_freq": 0.0}  # 0: up to half the sample rate
+    no_warping = {"vtln_low": 100.0, "vtln_high": -500.0, "vtln_warp_factor": 1.0}
+    filters, _ = get_mel_banks(N_MELS, 512, SAMPLE_RATE, **band, **no_warping)  # (128, 256)
     filters = torch.nn.functional.pad(filters, (0, 1)).T  # the 257th FFT bin, 8 kHz, has weight 0
     return torch.hann_window(FRAME, periodic=False).to(device), filters.to(device)
 
@@ -351,7 +387,7 @@ class SpecAug:
 
     x (B, T, F) -> (B, T, F): in each clip independently, w frames from t₀ on and w' bins from f₀ on become 0,
     the mean of AudioSet after `normalise`; w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise w', f₀.
-    ValueError: a width below 0, or above the size of x.
+    ValueError: a width below 0, or above 1024 frames or 128 bins.
     """
 
     def __init__(self, time_mask: int, freq_mask: int):
@@ -368,8 +404,6 @@ class SpecAug:
     @staticmethod
     def _stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
         """(B, size) bool: in each row one stripe of True, of random width and place."""
-        if max_width > size:
-            raise ValueError(f"a SpecAug mask of up to {max_width} does not fit into {size}")
         width = torch.randint(max_width + 1, (B, 1), device=device)
         start = (torch.rand(B, 1, device=device) * (size - width + 1)).long()
         position = torch.arange(size, device=device)
@@ -429,7 +463,7 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             _download_rest(url, part)
-        except OSError as error:
+        except (OSError, http.client.HTTPException) as error:
             raise OSError(
                 f"cannot fetch {url} ({getattr(error, 'reason', error)}); the same command goes on from here, or put "
                 f"the file at {path} yourself; --demo needs no download"
@@ -481,18 +515,16 @@ def unpack(archive: Path, machine: str, root: Path, splits: tuple[str, ...]) -> 
                     or "\\" in info.filename
                     or stat.S_ISLNK(info.external_attr >> 16)
                 ):
-                    raise ValueError(
-                        f"{archive} holds {info.filename!r}, which is not a file of {machine}/; not unpacked"
-                    )
+                    raise ValueError(f"{archive} holds {info.filename!r}, which is not a file of {machine}/; deleted")
             file.extractall(part)
         if lacking := [split for split in splits if not (part / machine / split).is_dir()]:
-            raise ValueError(f"{archive} has no folder {machine}/{lacking[0]}; not unpacked")
+            raise ValueError(f"{archive} has no folder {machine}/{lacking[0]}; deleted")
         (root / machine).mkdir(exist_ok=True)
         for source in (part / machine).iterdir():
             if not (root / machine / source.name).exists():
                 source.rename(root / machine / source.name)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise ValueError(f"{archive} cannot be unpacked: {error}; delete it and try again") from error
+        raise ValueError(f"{archive} cannot be unpacked ({error}); deleted, try again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -507,8 +539,10 @@ def fetch(machine: str, root: str | Path) -> None:
         if not all((root / machine / split).is_dir() for split in splits):
             archive = root / f"{name}.zip"
             download(f"{ZENODO}/{record}/files/{name}.zip?download=1", archive, "md5", ARCHIVE_MD5[name])
-            unpack(archive, machine, root, splits)
-            archive.unlink()
+            try:
+                unpack(archive, machine, root, splits)
+            finally:  # unpacked, or of no use; a kill leaves it, and the next call takes it from there
+                archive.unlink()
     for kind in ("data", "domain") if machine in EVAL else ():
         file = f"ground_truth_{kind}/ground_truth_{machine}_section_00_test.csv"
         if not (root / "ground_truth" / file).exists():

@@ -19,7 +19,6 @@ Prints the table as Markdown and writes metrics.csv into the run folder.
 
 import argparse
 import csv
-import io
 import json
 import math
 import re
@@ -30,7 +29,7 @@ import numpy as np
 from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 
-from data import DEV, EVAL, default_run, machine_names, parse_clip, write_file
+from data import DEV, EVAL, default_run, machine_names, parse_clip, read_json, write_csv
 
 DOMAINS = ("source", "target")
 ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
@@ -45,7 +44,9 @@ PUBLISHED = [
     ("dual-path FTE-Net", None, 71.3, "as cited by others"),
     ("AnoPatch (BEATs)", 64.2, 74.2, "as cited by others"),
     ("GenRep, test-standardised", 65.0, 73.8, "as cited by others; transductive"),
-    ("ASDKit, BEATs-LoRA, 4 trials", 62.66, 71.46, "TakuyaFujimura/dcase-asd-toolkit"),
+    ("local-density SSL", 71.3, 72.4, "as cited by others"),
+    ("the same team's 2025 journal paper", 64.3, 68.7, "as cited by others"),
+    ("ASDKit, BEATs-LoRA, 4 trials", "62.66 ± 0.70", "71.46 ± 0.49", "TakuyaFujimura/dcase-asd-toolkit"),
     ("ASDKit, EAT-LoRA", 63.98, 72.04, "TakuyaFujimura/dcase-asd-toolkit"),
     ("the paper, arXiv 2409.07016", None, 77.75, "its abstract"),
 ]
@@ -143,26 +144,25 @@ def labels_of(machine: str, names: list[str], data: Path) -> tuple[np.ndarray, n
     )
 
 
-def evaluate_machine(machine: str, run: Path, data: Path) -> dict:
-    """One row of metrics.csv: what was evaluated, how it was scored, and the figures."""
+def evaluate_machine(machine: str, run: Path, data: Path | None = None) -> dict:
+    """One row of metrics.csv: what was evaluated, how it was scored, and the figures.
+
+    data  where labels are that the names do not tell; None: where the clips were that score.py scored
+    FileNotFoundError: no scores. ValueError: wrong rows in one of the files, or no labels.
+    """
     path = run / f"anomaly_score_{machine}_section_00_test.csv"
     if not path.exists():
         raise FileNotFoundError(f"{path} is missing; run score.py --machine {machine} --run {run} first")
     scores = read_csv(path, float)
     names = list(scores)
-    is_anomaly, is_target = labels_of(machine, names, data)
+    how = read_json(run / f"scoring_{machine}.json")
+    is_anomaly, is_target = labels_of(machine, names, data or Path(how.get("data", "data")))
     decisions = run / f"decision_result_{machine}_section_00_test.csv"
     decided = read_01(decisions, names) if decisions.exists() else None
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decided)
-    how = _read_json(run / f"scoring_{machine}.json")
-    seed = _read_json(run / "args.json").get("args", {}).get("seed", "")
-    row = {"run": str(run), "seed": seed, "machine": machine, "set": set_of(machine)}
-    row |= {key: how.get(key, "") for key in ("model", "normalize", "k", "smote")}
+    row = {"run": str(run), "seed": read_json(run / "args.json").get("args", {}).get("seed", ""), "machine": machine}
+    row |= {"set": set_of(machine)} | {key: how.get(key, "") for key in ("model", "normalize", "k", "smote")}
     return row | metrics | {"harmonic_mean": official_score([metrics])}
-
-
-def _read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
 
 
 def set_of(machine: str) -> str:
@@ -174,10 +174,12 @@ def set_of(machine: str) -> str:
 
 def setting_of(run: Path, rows: list[dict]) -> str:
     """Two runs with the same setting are trials of one thing: all arguments equal but the seed, scored alike."""
-    args = _read_json(run / "args.json").get("args", {"run": str(run)})  # without args.json, a setting of its own
+    record = read_json(run / "args.json")
+    args = record.get("args", {"run": str(run)})  # without args.json, a setting of its own
     irrelevant = ("seed", "run", "data", "weights", "workers", "device") if "seed" in args else ()
+    args = {key: value for key, value in args.items() if key not in irrelevant}
     how = [(row["model"], row["normalize"], row["k"], row["smote"]) for row in rows]
-    return json.dumps([{key: value for key, value in args.items() if key not in irrelevant}, how], sort_keys=True)
+    return json.dumps([args, record.get("weights_sha256"), how], sort_keys=True)
 
 
 def backend_of(rows: list[dict]) -> str:
@@ -227,7 +229,7 @@ def ablation(settings: list[list[list[dict]]]) -> str:
     lines = ["### official score by setting, %", "", "| setting | " + " | ".join(sets) + " | n | scored with |"]
     lines += ["| --- |" + " ---: |" * len(sets) + " ---: | --- |"]
     for trials in settings:
-        name = re.sub(r"[-_]?(seed|s)\d+$", "", trials[0][0]["run"])
+        name = re.sub(r"[-_]?seed\d+$", "", trials[0][0]["run"])
         cells = []
         for which in sets:
             chosen = [[row for row in trial if row["set"] == which] for trial in trials]
@@ -244,12 +246,11 @@ def published() -> str:
 
 
 def write_metrics(run: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    for row in rows:
-        writer.writerow({key: "" if isinstance(v, float) and math.isnan(v) else v for key, v in row.items()})
-    write_file(run / "metrics.csv", text.getvalue().encode())
+    """The same as the tables, a row a machine; official_score is that of the row's set."""
+    totals = {which: official_score([row for row in rows if row["set"] == which]) for which in {r["set"] for r in rows}}
+    rows = [row | {"official_score": totals[row["set"]]} for row in rows]
+    values = [["" if isinstance(v, float) and math.isnan(v) else v for v in row.values()] for row in rows]
+    write_csv(run / "metrics.csv", [list(rows[0]), *values])
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -261,20 +262,22 @@ def main(argv: list[str] | None = None) -> None:
     )
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--data", help="holds ground_truth/ or <machine>/labels.csv, where names tell no labels (data)")
+    add("--data", help="holds ground_truth/ or <machine>/labels.csv, where names tell no labels (where it was scored)")
     add("--run", nargs="+", help="run folders; those that differ only in the seed are averaged (runs/<names>)")
     add("--demo", action="store_true", help="the made-up machines of train.py --demo")
     args = parser.parse_args(argv)
     try:
         machines = machine_names(args.machine)
-        data = Path(args.data or ("data/demo" if args.demo else "data"))
         runs = [Path(run) for run in args.run or [default_run(args.machine, args.demo)]]
         if len({run.resolve() for run in runs}) < len(runs):
             raise ValueError("--run names a folder twice")
         settings = {}
         for run in runs:
-            rows = [evaluate_machine(machine, run, data) for machine in machines]
-            settings.setdefault(setting_of(run, rows), []).append(rows)
+            rows = [evaluate_machine(machine, run, Path(args.data) if args.data else None) for machine in machines]
+            trials = settings.setdefault(setting_of(run, rows), [])
+            if any(trial[0]["seed"] == rows[0]["seed"] for trial in trials):
+                raise ValueError(f"{run} has the setting and the seed of another --run; trials need seeds of their own")
+            trials.append(rows)
         trials = [trial for group in settings.values() for trial in group]
         for rows in trials:
             write_metrics(Path(rows[0]["run"]), rows)

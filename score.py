@@ -9,8 +9,11 @@ and few target clips, and distances are not alike in both; --normalize says what
 
     none      one bank of all training clips
     train     a bank per domain, (score - μ) / σ with μ, σ of that bank's leave-one-out scores; the smaller one
+              (ours: what the next one does, without the test clips)
     test      the same with μ, σ of the test clips' scores: TRANSDUCTIVE, it looks at the whole test set
+              (the lab's released RMIS back-end)
     density   one bank, d(x, y) / ρ(y), ρ(y) = mean distance of y to its own k nearest training clips
+              (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -20,10 +23,10 @@ them, nearest_*.csv (the training clip that decided each score), embeddings_*.np
 """
 
 import argparse
-import csv
 import hashlib
 import io
 import json
+import os
 import shlex
 import sys
 import zipfile
@@ -33,9 +36,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.metrics import pairwise_distances_chunked
+from sklearn.neighbors import NearestNeighbors
 from tqdm import tqdm
 
-from backbone import Embedder, fetch_weights, load_ast
+from backbone import WEIGHTS, Embedder, fetch_weights, load_ast
 from data import (
     Clip,
     Windows,
@@ -45,14 +49,16 @@ from data import (
     file_digest,
     list_clips,
     machine_names,
+    make_run_folder,
     next_command,
     prepare,
     spectrogram,
     window_starts,
+    write_csv,
     write_file,
 )
 from lora import merge_lora
-from train import DEMO, at_least, last_line, load_run, prepare_demo, resolve_device
+from train import DEMO, at_least, check_device, last_line, load_run, prepare_demo
 
 # ---------------------------------------------------------------- embeddings
 
@@ -70,13 +76,14 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int = 0)
         collate_fn=collate,
         pin_memory=device.type == "cuda",
     )
-    sums = 0
-    for waves, n_samples, index in tqdm(loader, f"embedding {clips[0].machine}/{clips[0].split}", disable=None):
-        waves, n_samples, index = (tensor.to(device, non_blocking=True) for tensor in (waves, n_samples, index))
+    of_window = []
+    for waves, n_samples, _ in tqdm(loader, f"embedding {clips[0].machine}/{clips[0].split}", disable=None):
+        x = spectrogram(waves.to(device, non_blocking=True), n_samples.to(device))  # in float32, as in training
         with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            embedding = model(spectrogram(waves, n_samples))  # (B, D)
-        sums = sums + embedding.new_zeros(len(clips), embedding.shape[1]).index_add(0, index, embedding)
-    return F.normalize(sums, dim=1).cpu().numpy()
+            of_window.append(model(x))  # (B, D)
+    of_window = torch.cat(of_window).cpu()
+    index = torch.tensor([index for index, _ in items])
+    return F.normalize(torch.zeros(len(clips), of_window.shape[1]).index_add(0, index, of_window), dim=1).numpy()
 
 
 def cached_embeddings(
@@ -86,9 +93,8 @@ def cached_embeddings(
 
     ValueError: the file is damaged, or of another model.
     """
-    stats = [
-        (c.path.name, (info := c.path.stat()).st_size, info.st_mtime_ns) for split in clips.values() for c in split
-    ]
+    every = [clip for split in clips.values() for clip in split]
+    stats = [(c.split, c.path.name, (info := c.path.stat()).st_size, info.st_mtime_ns) for c in every]
     files = hashlib.sha256(repr(stats).encode("utf-8", "surrogateescape")).hexdigest()
     if path.exists():
         try:
@@ -122,9 +128,9 @@ def nearest(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Mean of the k smallest cosine distances, and which row of the bank is the nearest.
 
-    queries (Q, D), bank (N, D), density (N,): d(x, y) is divided by density[y]
+    queries (m, D), bank (n, D), density (n,): d(x, y) is divided by density[y]
     leave_one_out: queries are the bank itself, and a row is not its own neighbour
-    -> distance (Q,) float32, index (Q,). ValueError: fewer than k clips to choose from.
+    -> distance (m,) float32, index (m,). ValueError: fewer than k clips to choose from.
     """
     if len(bank) - leave_one_out < k:
         raise ValueError(f"{k} nearest neighbours need at least {k + leave_one_out} training clips, not {len(bank)}")
@@ -151,9 +157,7 @@ def smote(target: np.ndarray, count: int, neighbours: int = 2, seed: int = 0) ->
     Source: Chawla et al. 2002 (arXiv 1106.1813); ratio and neighbours as in ASDKit.
     """
     random = np.random.default_rng(seed)
-    distances = 1 - target @ target.T
-    np.fill_diagonal(distances, np.inf)
-    near = distances.argsort(axis=1)[:, :neighbours]  # (n, neighbours)
+    near = NearestNeighbors(n_neighbors=neighbours).fit(target).kneighbors(return_distance=False)  # (n, neighbours)
     x = random.integers(len(target), size=count)
     other = near[x, random.integers(neighbours, size=count)]
     u = random.random((count, 1), dtype=np.float32)
@@ -170,42 +174,42 @@ def anomaly_scores(
     -> test scores (m,), training scores (n,) each with itself left out, nearest training clip (m,)
     ValueError: too few clips for what is asked.
     """
-    by_domain = [np.flatnonzero([d == domain for d in domains]) for domain in ("source", "target", None)]
-    synthetic, made_from = train[:0], np.zeros(0, int)
+    n = len(train)
+    source, target, unlabelled = (np.flatnonzero([d == name for d in domains]) for name in ("source", "target", None))
+    rows, origin = train, np.arange(n)  # with SMOTE also synthetic rows, and the clip that each was made from
     if smote_ratio:
-        source, target = by_domain[:2]
         if len(target) < 3:
             raise ValueError(f"--smote needs at least 3 target training clips, not {len(target)}")
         synthetic, x = smote(train[target], max(0, int(smote_ratio * len(source)) - len(target)))
-        made_from = target[x]
-    # A domain without clips has no bank.
-    banks = [np.arange(len(train))] if normalize in ("none", "density") else [m for m in by_domain if len(m)]
+        rows, origin = np.concatenate([train, synthetic]), np.concatenate([origin, target[x]])
+        target = np.concatenate([target, np.arange(n, len(rows))])
+    banks = [np.arange(len(rows))] if normalize in ("none", "density") else [source, target, unlabelled]
 
     per_bank = []
     for members in banks:
-        real, filled, origin = train[members], train[members], members
-        if set(made_from) <= set(members):
-            filled, origin = np.concatenate([real, synthetic]), np.concatenate([members, made_from])
-        density_real = density_filled = None
+        if len(members) == 0:
+            continue  # a domain without clips has no bank
+        bank, real = rows[members], members[members < n]
+        density = real_density = None
         if normalize == "density":
-            # Wilkinghoff et al. 2025, arXiv 2509.10951: min over y of d(x, y) / mean of y's own k smallest
-            density_real, density_filled = (nearest(rows, rows, k, leave_one_out=True)[0] for rows in (real, filled))
-            if min(density_real.min(), density_filled.min()) < 1e-6:
+            density, _ = nearest(bank, bank, k, leave_one_out=True)
+            real_density = density[: len(real)]
+            if density.min() < 1e-6:
                 raise ValueError("--normalize density: two training clips are the same; remove one of them")
-        of_test, index = nearest(test, filled, k, density_filled)
-        of_train = np.empty(len(train), np.float32)
-        of_train[members] = nearest(real, real, k, density_real, leave_one_out=True)[0]
-        if len(others := np.setdiff1d(np.arange(len(train)), members)):
-            of_train[others] = nearest(train[others], real, k)[0]
+        of_test, index = nearest(test, bank, k, density)
+        # A training clip is compared with the other real clips: a synthetic one may be made from itself.
+        of_train = np.empty(n, np.float32)
+        of_train[real] = nearest(rows[real], rows[real], k, real_density, leave_one_out=True)[0]
+        if len(others := np.setdiff1d(np.arange(n), real)):
+            of_train[others] = nearest(train[others], rows[real], k)[0]
         mean, std = 0.0, 1.0
         if normalize in ("train", "test"):
-            reference = of_train[members] if normalize == "train" else of_test
+            reference = of_train[real] if normalize == "train" else of_test
             mean, std = reference.mean(), reference.std()
             if std < 1e-9:
-                raise ValueError(
-                    f"--normalize {normalize}: {len(reference)} scores of a domain do not vary; too few clips"
-                )
-        per_bank.append(((of_test - mean) / std, (of_train - mean) / std, origin[index]))
+                few = f"{len(reference)} scores of a domain do not vary; too few clips"
+                raise ValueError(f"--normalize {normalize}: {few}")
+        per_bank.append(((of_test - mean) / std, (of_train - mean) / std, origin[members[index]]))
 
     test_scores, train_scores, origins = (np.stack(parts) for parts in zip(*per_bank, strict=True))
     best = test_scores.argmin(axis=0)
@@ -213,12 +217,6 @@ def anomaly_scores(
 
 
 # ---------------------------------------------------------------- files
-
-
-def write_csv(path: Path, rows: list[tuple]) -> None:
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_file(path, text.getvalue().encode("utf-8", "surrogateescape"))
 
 
 def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
@@ -243,12 +241,12 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
     write_csv(
         run / f"decision_result_{machine}_section_00_test.csv", list(zip(names, decisions.astype(int), strict=True))
     )
-    near = [
-        (name, train[i].path.name, score) for name, i, score in zip(names, neighbours, scores.tolist(), strict=True)
-    ]
-    write_csv(run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "score"), *near])
+    distances = 1 - np.sum(arrays["test"] * arrays["train"][neighbours], axis=1)
+    near = zip(names, [train[i].path.name for i in neighbours], distances.tolist(), strict=True)
+    write_csv(run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "distance"), *near])
     # evaluate.py prints beside the numbers how they were made
     how = {"model": model_id.split()[0], "normalize": args.normalize, "k": args.k, "smote": args.smote}
+    how |= {"data": str(args.data)}
     write_file(run / f"scoring_{machine}.json", json.dumps(how).encode())
     counts = ", ".join(f"{domains.count(d)} {d}" for d in ("source", "target") if d in domains)
     print(
@@ -290,10 +288,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--demo", action="store_true", help="the made-up machines of train.py --demo")
     args = parser.parse_args(argv)
     if args.demo:
-        parser.set_defaults(device=DEMO["device"], batch_size=DEMO["batch_size"], data=DEMO["data"])
+        if args.data or args.weights:
+            parser.error("--demo brings its own data and weights: leave out --data and --weights")
+        parser.set_defaults(**{name: DEMO[name] for name in ("data", "weights", "device", "batch_size")})
         args = parser.parse_args(argv)
     args.run = Path(args.run or default_run(args.machine, args.demo, args.pretrained))
-    args.workers = 0 if args.device == "cpu" else 8
+    args.workers = 0 if args.device == "cpu" else min(8, os.cpu_count() or 1)
     return parser, args
 
 
@@ -301,12 +301,9 @@ def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder,
     """-> (the model, ready to embed; what identifies it). Fills in --data from the run."""
     if args.pretrained:
         args.data = args.data or "data"
-        args.weights = args.weights or (DEMO["weights"] if args.demo else "weights/ast.safetensors")
-        if args.demo:
-            prepare_demo(machines, args.data, args.weights)
+        args.weights = args.weights or WEIGHTS
         fetch_weights(args.weights)
         model = Embedder(load_ast(args.weights), pooling="cls", embedding=None)
-        args.run.mkdir(parents=True, exist_ok=True)
         model_id = f"pretrained {file_digest(args.weights)[:12]}"
     else:
         model, trained = load_run(args.run, args.weights)
@@ -325,11 +322,16 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser, args = parse_args(argv)
     try:
-        resolve_device(args.device)
+        check_device(args.device)
         machines = machine_names(args.machine)
+        if args.demo:
+            prepare_demo(machines)
         model, model_id = load_model(args, machines)
         for split in ("train", "test"):
             prepare(machines, args.data, split)
+        new = [machine for machine in machines if not (args.run / f"embeddings_{machine}.npz").exists()]
+        check_clips([clip for m in new for split in ("train", "test") for clip in list_clips(args.data, m, split)])
+        make_run_folder(args.run)
         for machine in machines:
             score_machine(machine, model, model_id, args)
     except KeyboardInterrupt:

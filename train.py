@@ -17,7 +17,6 @@ writes the run folder runs/fan: args.json, log.csv, last.pt (for --resume), adap
 """
 
 import argparse
-import csv
 import io
 import json
 import math
@@ -38,7 +37,7 @@ import torchaudio
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from backbone import AST, Embedder, fetch_weights, load_ast, load_file
+from backbone import AST, WEIGHTS, WEIGHTS_SHA256, Embedder, fetch_weights, load_ast, load_file
 from data import (
     HOP,
     N_FRAMES,
@@ -52,9 +51,12 @@ from data import (
     list_clips,
     machine_names,
     make_demo,
+    make_run_folder,
     next_command,
     prepare,
+    read_json,
     spectrogram,
+    write_csv,
     write_file,
 )
 from lora import add_lora, count_parameters, load_lora_state_dict, lora_state_dict
@@ -118,7 +120,8 @@ def load_trained_state(model: Embedder, state: dict[str, dict[str, Tensor]]) -> 
     load_lora_state_dict(model.ast, state["lora"])
     try:
         model.head.load_state_dict(state["head"])
-        model.ast.load_state_dict(state.get("ast", {}), strict="ast" in state)
+        if "ast" in state:
+            model.ast.load_state_dict(state["ast"])
     except RuntimeError as error:  # torch's own message: a line for each name or size
         raise ValueError(f"a checkpoint of another --pooling or size: {' '.join(str(error).split())}") from error
 
@@ -131,11 +134,11 @@ def load_run(run: str | Path, weights: str | Path | None = None) -> tuple[Embedd
     ValueError: not a run, not finished, an AST with another checksum, an adapter of another size.
     """
     run = Path(run)
-    if not (run / "args.json").exists():
+    record = read_json(run / "args.json")
+    if not record:
         raise ValueError(f"{run} is not a run of train.py; train one, or name its folder with --run")
     if not (run / "adapter.pt").exists():
         raise ValueError(f"{run} is not finished; repeat its train.py command with --resume")
-    record = json.loads((run / "args.json").read_text())
     args = argparse.Namespace(**record["args"])
     args.weights = str(weights or args.weights)
     if not Path(args.weights).exists():
@@ -155,9 +158,10 @@ def load_run(run: str | Path, weights: str | Path | None = None) -> tuple[Embedd
 
 # ---------------------------------------------------------------- the run folder
 
-MAY_DIFFER = {"run", "data", "weights", "workers", "resume", "overwrite"}  # between a run and its --resume
-RESULTS = ["args.json", "adapter.pt", "last.pt", "log.csv", "metrics.csv"]
-RESULTS += ["scoring_*.json", "embeddings_*.npz", "anomaly_score_*.csv", "decision_result_*.csv", "nearest_*.csv"]
+# What a run folder holds, in the order in which --overwrite removes it: while adapter.pt is there, the run is finished.
+RESULTS = ["adapter.pt", "args.json", "last.pt", "log.csv", "metrics.csv", "scoring_*.json", "embeddings_*.npz"]
+RESULTS += ["anomaly_score_*.csv", "decision_result_*.csv", "nearest_*.csv"]
+MAY_DIFFER = {"run", "data", "weights", "workers"}  # between a run and its --resume: places, and who reads the files
 
 
 def describe(args: argparse.Namespace, clips: list, classes: list) -> dict:
@@ -167,7 +171,7 @@ def describe(args: argparse.Namespace, clips: list, classes: list) -> dict:
         commit = subprocess.run(git, capture_output=True, text=True).stdout.strip()
     except OSError:
         commit = ""  # no git here
-    gpu = torch.cuda.get_device_name(args.device) if args.device.startswith("cuda") else ""
+    gpu = torch.cuda.get_device_name(args.device) if args.device != "cpu" else ""
     return {
         "args": {name: value for name, value in vars(args).items() if name not in ("resume", "overwrite")},
         "classes": ["/".join(parts) for parts in classes],
@@ -180,45 +184,25 @@ def describe(args: argparse.Namespace, clips: list, classes: list) -> dict:
     }
 
 
-def check_run(args: argparse.Namespace, record: dict) -> dict | None:
-    """May this run folder be used? -> the checkpoint to go on from, None to start.
-
-    ValueError: it holds a run and neither --resume nor --overwrite is given, or --resume differs from it.
-    """
-    run = Path(args.run)
-    if args.overwrite:
-        return None
-    if not args.resume:
-        if (run / "adapter.pt").exists():
-            raise ValueError(f"{run} holds a finished run; --overwrite replaces it, --run names another folder")
-        if (run / "args.json").exists():
-            raise ValueError(f"{run} holds an unfinished run; --resume goes on with it, --overwrite starts again")
-        if any(any(run.glob(pattern)) for pattern in RESULTS):
-            raise ValueError(f"{run} holds results; --overwrite removes them, --run names another folder")
-    if not (run / "args.json").exists():
-        return None  # nothing to resume: it was interrupted before its first file
-    old = json.loads((run / "args.json").read_text())
-    before = old["args"] | {key: old[key] for key in ("classes", "clips", "weights_sha256")}
-    now = record["args"] | {key: record[key] for key in ("classes", "clips", "weights_sha256")}
-    differing = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
-    if differing := [key for key in differing if key not in MAY_DIFFER]:
-        changes = "; ".join(f"{key} was {_short(before.get(key))}, is {_short(now.get(key))}" for key in differing)
-        raise ValueError(f"cannot resume {run}: {changes}")
-    return load_file(run / "last.pt") if (run / "last.pt").exists() else None
-
-
-def _short(value: object) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def start_run(run: Path, record: dict) -> None:
-    """Make the folder, empty it of an earlier run's files, write args.json."""
-    run.mkdir(parents=True, exist_ok=True)
-    for pattern in RESULTS:
-        for path in run.glob(pattern):
-            path.unlink()
-    write_file(run / "args.json", json.dumps(record, indent=1).encode())
+def check_run(run: Path, record: dict, resume: bool, overwrite: bool) -> None:
+    """ValueError: the folder holds results and neither flag is given, or the run to be resumed was another one."""
+    old = read_json(run / "args.json")
+    if overwrite:
+        return
+    if not resume and (run / "adapter.pt").exists():
+        raise ValueError(f"{run} holds a finished run; --overwrite replaces it, --run names another folder")
+    if not resume and old:
+        raise ValueError(f"{run} holds an unfinished run; --resume goes on with it, --overwrite starts again")
+    if not old and any(any(run.glob(pattern)) for pattern in RESULTS):
+        raise ValueError(f"{run} holds results of no known run; --overwrite removes them, --run names another folder")
+    if old:
+        before, now = (
+            r["args"] | {key: r[key] for key in ("classes", "clips", "weights_sha256")} for r in (old, record)
+        )
+        changed = [key for key in sorted(now.keys() | before.keys()) if now.get(key) != before.get(key)]
+        if changed := [key for key in changed if key not in MAY_DIFFER]:
+            changes = [f"{key} was {str(before.get(key))[:60]}, is {str(now.get(key))[:60]}" for key in changed]
+            raise ValueError(f"cannot resume {run}: {'; '.join(changes)}")
 
 
 def save(path: Path, state: dict) -> None:
@@ -239,12 +223,16 @@ def draw_batches(lengths: list[int], batch_size: int, seed: int) -> list[list[tu
     return [[(i, start[i].item()) for i in batch.tolist()] for batch in order.split(batch_size)]
 
 
-def epoch_seed(seed: int, epoch: int) -> int:
-    """All randomness of an epoch follows from this number, so resuming needs no generator states."""
-    return 1_000_000 * seed + epoch
+def epoch_seeds(seed: int, epoch: int) -> tuple[int, int]:
+    """(for the batches, for masks and dropout): all randomness of an epoch, so resuming needs no generator states."""
+    return 1_000_000 * seed + 2 * epoch, 1_000_000 * seed + 2 * epoch + 1
 
 
 def train(args: argparse.Namespace) -> None:
+    """From the clips to runs/<name>/adapter.pt.
+
+    ValueError: unusable clips, one class only, a run folder that is taken, a loss that is not finite.
+    """
     run, device = Path(args.run), torch.device(args.device)
     machines = machine_names(args.machine)
     clips = [clip for machine in machines for clip in list_clips(args.data, machine, "train")]
@@ -257,15 +245,17 @@ def train(args: argparse.Namespace) -> None:
     labels = torch.tensor([classes.index((clip.machine, clip.attributes)) for clip in clips], device=device)
 
     record = describe(args, clips, classes)
-    checkpoint = check_run(args, record)
+    check_run(run, record, args.resume, args.overwrite)
     if args.resume and (run / "adapter.pt").exists():
         print(f"{run} is finished already; next: {next_command('score.py', args.machine, run, args.demo)}")
         return
-    torch.manual_seed(epoch_seed(args.seed, 0))
+    torch.manual_seed(epoch_seeds(args.seed, 0)[0])
     model = make_model(args)
     arcface = ArcFace(model.head.linear.out_features, len(classes), args.scale, args.margin)
     trainable, total = count_parameters(model)
     print(f"{len(clips)} clips of {len(machines)} machines, {len(classes)} classes, on {args.device}")
+    public = "the public AudioSet AST" if record["weights_sha256"] == WEIGHTS_SHA256 else "not the public AudioSet AST"
+    print(f"{args.weights}: {public}")
     print(f"{trainable + arcface.centres.numel():,} trainable parameters; {total:,} in the model")
     lengths = check_clips(clips)
 
@@ -273,20 +263,24 @@ def train(args: argparse.Namespace) -> None:
     parameters = [p for p in (*model.parameters(), *arcface.parameters()) if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, args.lr, weight_decay=args.weight_decay, fused=device.type == "cuda")
     done, step, log = 0, 0, []
-    if checkpoint:
+    make_run_folder(run)
+    if args.resume and (run / "last.pt").exists():
+        checkpoint = load_file(run / "last.pt")
         load_trained_state(model, checkpoint["model"])
         arcface.load_state_dict(checkpoint["arcface"])
         optimizer.load_state_dict(checkpoint["optimizer"])
         done, step, log = checkpoint["epoch"], checkpoint["step"], checkpoint["log"]
         print(f"resuming after epoch {done} of {args.epochs}")
-    elif not (args.resume and (run / "args.json").exists()):
-        start_run(run, record)
+    else:
+        for path in [path for pattern in RESULTS for path in run.glob(pattern)]:
+            path.unlink()
+    write_file(run / "args.json", json.dumps(record, indent=1).encode())
     if args.compile:
         model.compile()
 
     # One loader over all epochs: its workers go on reading while an epoch ends.
     epochs = range(done + 1, args.epochs + 1)
-    plan = {epoch: draw_batches(lengths, args.batch_size, epoch_seed(args.seed, epoch)) for epoch in epochs}
+    plan = {epoch: draw_batches(lengths, args.batch_size, epoch_seeds(args.seed, epoch)[0]) for epoch in epochs}
     loader = torch.utils.data.DataLoader(
         Windows(clips),
         batch_sampler=[batch for epoch in epochs for batch in plan[epoch]],
@@ -298,10 +292,11 @@ def train(args: argparse.Namespace) -> None:
     augment = SpecAug(args.time_mask, args.freq_mask)
     with tqdm(total=args.epochs * len(clips), initial=done * len(clips), unit="clip", smoothing=0.05) as progress:
         for epoch in epochs:
-            torch.manual_seed(epoch_seed(args.seed, epoch))
+            torch.manual_seed(epoch_seeds(args.seed, epoch)[1])
             model.train()
-            totals, unread = torch.zeros(3, dtype=torch.float64), []  # summed loss, hits, clips of this epoch
-            for i in range(len(plan[epoch])):
+            totals, unread = torch.zeros(2, dtype=torch.float64), []  # summed loss and hits of this epoch
+            seen, sizes = 0, [len(batch) for batch in plan[epoch]]
+            for i, size in enumerate(sizes):
                 waves, n_samples, index = (tensor.to(device, non_blocking=True) for tensor in next(batches))
                 y = labels[index]
                 x = augment(spectrogram(waves, n_samples))  # (B, 1024, 128)
@@ -309,30 +304,34 @@ def train(args: argparse.Namespace) -> None:
                     embedding = model(x)  # (B, embedding)
                 logits = arcface(embedding, y)  # (B, classes), in float32
                 loss = F.cross_entropy(logits, y)
-
                 hits = (arcface.classify(embedding.detach()) == y).sum()
-                lr = args.lr * min(1, (step + 1) / max(args.warmup, 1))
-                unread.append((step + 1, lr, torch.stack([loss.detach(), hits, torch.ones_like(hits) * len(y)])))
 
                 first = i - i % args.accumulate  # of the batches whose gradients make one step
-                (loss / min(args.accumulate, len(plan[epoch]) - first)).backward()
-                if i + 1 == min(first + args.accumulate, len(plan[epoch])):
+                in_step = sizes[first : first + args.accumulate]
+                (loss * size / sum(in_step)).backward()
+                if i + 1 == first + len(in_step):
+                    step += 1
                     for group in optimizer.param_groups:
-                        group["lr"] = lr
+                        group["lr"] = warm_up(step, args)
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
-                    step += 1
 
-                # Reading a number from a GPU waits for it: do that every tenth batch.
-                progress.update(len(y))
-                if len(unread) == 10 or i == len(plan[epoch]) - 1:
-                    totals += read(unread, run, epoch)
-                    unread = []
-                    mean_loss, accuracy = (totals[:2] / totals[2]).tolist()
+                progress.update(size)
+                seen += size
+                unread.append(torch.stack([loss.detach() * size, hits]))
+                if len(unread) == 10 or i + 1 == len(sizes):  # reading from a GPU waits for it: not every batch
+                    numbers = torch.stack(unread).double().cpu()  # (batches, 2)
+                    if not numbers.isfinite().all():
+                        bad = i + 1 - len(unread) + numbers.isfinite().all(dim=1).int().argmin().item()
+                        bad_step = step - (i // args.accumulate - bad // args.accumulate)
+                        raise ValueError(diverged("the loss is not finite", bad_step, args, epoch))
+                    totals, unread = totals + numbers.sum(dim=0), []
+                    mean_loss, accuracy = (totals / seen).tolist()
                     progress.set_postfix(epoch=epoch, loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.3f}")
             if not all(parameter.isfinite().all() for parameter in parameters):
-                raise ValueError(diverged("a weight is not finite", step, lr, run, epoch))
-            log.append({"epoch": epoch, "step": step, "lr": lr, "loss": mean_loss, "accuracy": accuracy})
+                raise ValueError(diverged("a weight is not finite", step, args, epoch))
+            row = {"epoch": epoch, "step": step, "lr": warm_up(step, args), "loss": mean_loss, "accuracy": accuracy}
+            log.append(row)
             state = {"epoch": epoch, "step": step, "log": log, "model": trained_state(model)}
             save(run / "last.pt", state | {"arcface": arcface.state_dict(), "optimizer": optimizer.state_dict()})
             write_log(run / "log.csv", log)
@@ -346,29 +345,19 @@ def train(args: argparse.Namespace) -> None:
     print(f"next: {next_command('score.py', args.machine, run, args.demo)}")
 
 
-def read(unread: list[tuple[int, float, Tensor]], run: Path, epoch: int) -> Tensor:
-    """Batches of (step, learning rate, [mean loss, hits, clips]) -> [summed loss, hits, clips].
-
-    ValueError: a loss that is not finite.
-    """
-    loss, hits, size = torch.stack([numbers for *_, numbers in unread]).double().cpu().unbind(dim=1)
-    for (step, lr, _), value in zip(unread, loss.tolist(), strict=True):
-        if not math.isfinite(value):
-            raise ValueError(diverged(f"the loss is {value}", step, lr, run, epoch))
-    return torch.stack([(loss * size).sum(), hits.sum(), size.sum()])
+def warm_up(step: int, args: argparse.Namespace) -> float:
+    """The learning rate of a step, counted from 1: linear up to --warmup, then constant."""
+    return args.lr * min(1, step / max(args.warmup, 1))
 
 
-def diverged(what: str, step: int, lr: float, run: Path, epoch: int) -> str:
-    kept = f"{run / 'last.pt'} holds epoch {epoch - 1}" if epoch > 1 else "no epoch was finished"
-    return f"{what} at step {step} (learning rate {lr:g}); {kept}; start again with a smaller --lr and --overwrite"
+def diverged(what: str, step: int, args: argparse.Namespace, epoch: int) -> str:
+    kept = f"{args.run}/last.pt holds epoch {epoch - 1}" if epoch > 1 else "no epoch was finished"
+    where = f"at step {step} (learning rate {warm_up(step, args):g})"
+    return f"{what} {where}; {kept}; start again with a smaller --lr and --overwrite"
 
 
-def write_log(path: Path, rows: list[dict]) -> None:
-    text = io.StringIO()
-    writer = csv.DictWriter(text, ["epoch", "step", "lr", "loss", "accuracy"], lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_file(path, text.getvalue().encode())
+def write_log(path: Path, log: list[dict]) -> None:
+    write_csv(path, [["epoch", "step", "lr", "loss", "accuracy"], *(row.values() for row in log)])
 
 
 # ---------------------------------------------------------------- the command line
@@ -386,24 +375,24 @@ DEMO = {
 DEMO_NOTE = "demo: made-up sounds and a tiny AST with random weights; this shows the plumbing, not the method"
 
 
-def prepare_demo(machines: list[str], data: str, weights: str) -> None:
+def prepare_demo(machines: list[str]) -> None:
     """Write the demo's sounds and weights, unless they are there."""
     print(DEMO_NOTE)
     for machine in machines:
-        make_demo(data, machine)
-    if not Path(weights).exists():
+        make_demo(DEMO["data"], machine)
+    weights = Path(DEMO["weights"])
+    if not weights.exists():
         torch.manual_seed(0)
-        Path(weights).parent.mkdir(parents=True, exist_ok=True)
-        save(Path(weights), AST(dim=64, depth=12, heads=1).state_dict())
+        weights.parent.mkdir(parents=True, exist_ok=True)
+        save(weights, AST(dim=64, depth=12, heads=1).state_dict())
 
 
-def resolve_device(name: str) -> str:
+def check_device(name: str) -> None:
     """ValueError: not cpu, cuda or cuda:N, or a GPU that is not there."""
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device {name}: cpu, cuda or cuda:N")
     if name != "cpu" and int(name.partition(":")[2] or 0) >= torch.cuda.device_count():
         raise ValueError(f"--device {name}: no such GPU here ({torch.cuda.device_count()} found); --device cpu is slow")
-    return name
 
 
 def at_least(least: float, number: type = int):
@@ -441,7 +430,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--machine", nargs="+", required=True, metavar="NAME", help="machine names, or dev, eval, all; trained jointly")
     add("--data", default="data", help="holds <machine>/train/*.wav (%(default)s)")
     add("--run", help="the run folder (runs/<names joined by +>)")
-    add("--weights", default="weights/ast.safetensors", help="the AST's public weights (%(default)s)")
+    add("--weights", default=WEIGHTS, help="the AST's public weights (%(default)s)")
     add("--tuning", default="lora", choices=["lora", "full", "frozen"],
         help="what of the AST is trained: adapters, everything, nothing (%(default)s) [paper]")  # fmt: skip
     add("--rank", type=at_least(1), default=64, help="LoRA rank (%(default)s) [paper]")
@@ -455,7 +444,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--embedding", type=at_least(1), default=256, help="dimensions (%(default)s) [ASDKit]")
     add("--epochs", type=at_least(1), default=25, help="(%(default)s) [ASDKit]")
     add("--batch-size", type=at_least(1), default=32, help="clips (%(default)s) [same lab]")
-    add("--accumulate", type=at_least(1), default=1, help="batches for a step, where memory is short (%(default)s)")
+    add(
+        "--accumulate",
+        type=at_least(1),
+        default=1,
+        help="batches for a step, where memory is short (%(default)s) [our choice]",
+    )
     add("--lr", type=at_least(1e-12, float), default=1e-4, help="AdamW's learning rate (%(default)s) [ASDKit]")
     add(
         "--warmup",
@@ -468,7 +462,7 @@ def parse_args(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--freq-mask", type=at_least(0), default=80, help="SpecAug, mel bins, 0 = off (%(default)s) [same lab]")
     add("--margin", type=at_least(0, float), default=0.2, help="ArcFace's, radians (%(default)s) [same lab]")
     add("--scale", type=at_least(1e-9, float), default=30.0, help="ArcFace's (%(default)s) [same lab]")
-    add("--seed", type=at_least(0), default=0, help="(%(default)s)")
+    add("--seed", type=at_least(0), default=0, help="(%(default)s) [our choice]")
     add(
         "--device",
         default="cuda" if torch.cuda.is_available() else "cpu",
@@ -479,9 +473,12 @@ def parse_args(argv: list[str]) -> tuple[argparse.ArgumentParser, argparse.Names
     add("--resume", action="store_true", help="go on with an interrupted run")
     add("--overwrite", action="store_true", help="replace what the run folder holds")
     add("--demo", action="store_true", help="made-up sounds and a tiny AST: needs no download and no GPU")
-    if parser.parse_args(argv).demo:
-        parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
+    if args.demo:
+        if (args.data, args.weights) != (parser.get_default("data"), parser.get_default("weights")):
+            parser.error("--demo brings its own data and weights: leave out --data and --weights")
+        parser.set_defaults(**DEMO)
+        args = parser.parse_args(argv)
     args.alpha = float(args.rank) if args.alpha is None else args.alpha
     args.run = str(args.run or default_run(args.machine, args.demo))
     if args.workers is None:
@@ -498,7 +495,7 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser, args = parse_args(argv)
     try:
-        resolve_device(args.device)
+        check_device(args.device)
         if args.margin >= math.pi / 2:
             raise ValueError(f"--margin {args.margin}: radians, below π/2 = 1.57")
         if args.resume and args.overwrite:
@@ -506,19 +503,19 @@ def main(argv: list[str] | None = None) -> None:
         SpecAug(args.time_mask, args.freq_mask)
         machines = machine_names(args.machine)
         if args.demo:
-            prepare_demo(machines, args.data, args.weights)
+            prepare_demo(machines)
         prepare(machines, args.data, "train")
         fetch_weights(args.weights)
         train(args)
     except KeyboardInterrupt:
-        parser.exit(130, f"\ntrain.py: interrupted; python train.py {shlex.join(argv)}"
-                    f"{'' if args.resume else ' --resume'} goes on after the last whole epoch\n")  # fmt: skip
+        again = shlex.join([flag for flag in argv if flag not in ("--overwrite", "--resume")])
+        parser.exit(
+            130, f"train.py: interrupted; python train.py {again} --resume goes on after the last whole epoch\n"
+        )
     except torch.OutOfMemoryError:
         parser.error(f"the GPU's memory is too small for --batch-size {args.batch_size}; halve it, double --accumulate")
     except (ValueError, OSError) as error:
-        parser.error(
-            str(error).strip().splitlines()[-1]
-        )  # a worker's error carries its traceback: the last line is ours
+        parser.error(last_line(error))
 
 
 if __name__ == "__main__":

@@ -5,10 +5,14 @@ scores/ (score files of real systems), wav_cases/ (awkward WAV files) and golden
 code printed). Tests that need it are skipped without it.
 """
 
+import hashlib
+import http.server
 import multiprocessing
 import os
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -45,6 +49,61 @@ def small_demo(*machines: str, n_train: int = 7, n_test: int = 1) -> None:
     """The demo's machines in the `small` fixture's folder, with short clips and few of them."""
     for machine in machines:
         data.make_demo("data/demo", machine, n_train, n_test, seconds=1.0)
+
+
+class Server(http.server.ThreadingHTTPServer):
+    """Files by path on the loopback address, with Range, and with the faults that a test switches on."""
+
+    def __init__(self):
+        self.files, self.requests = {}, []
+        self.ignore_range, self.cut_at, self.delay = False, None, 0.0
+        super().__init__(("127.0.0.1", 0), Handler)
+        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
+        self.url = f"http://127.0.0.1:{self.server_port}"
+
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        server, path = self.server, self.path.split("?")[0]
+        wanted = self.headers.get("Range")
+        server.requests.append((path, wanted))
+        if path not in server.files:
+            return self.send_error(404)
+        content, start = server.files[path], 0
+        if wanted and not server.ignore_range:
+            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
+            if start >= len(content):
+                return self.send_error(416)
+        self.send_response(206 if start else 200)
+        self.send_header("Content-Length", str(len(content) - start))
+        self.end_headers()
+        body = content[start : server.cut_at]
+        try:
+            for i in range(0, len(body), 1 << 14):
+                self.wfile.write(body[i : i + (1 << 14)])
+                time.sleep(server.delay)
+        except OSError:
+            pass  # the client was killed
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """Stands for Zenodo, GitHub and Hugging Face: what a test puts into server.files is what can be fetched."""
+    with Server() as server:
+        monkeypatch.setattr(data, "ZENODO", f"{server.url}/zenodo")
+        monkeypatch.setattr(data, "GROUND_TRUTH", f"{server.url}/truth")
+        monkeypatch.setattr(backbone, "WEIGHTS_URL", f"{server.url}/model.safetensors")
+        yield server
+        server.shutdown()
+
+
+def serve(server, monkeypatch, record: int, name: str, content: bytes) -> None:
+    """Offer a zip file as one of Zenodo's, with its own checksum in place of the real one."""
+    server.files[f"/zenodo/{record}/files/{name}.zip"] = content
+    monkeypatch.setitem(data.ARCHIVE_MD5, name, hashlib.md5(content).hexdigest())
 
 
 def in_a_process(main, argv: list[str], kill_after: float | None = None) -> int:

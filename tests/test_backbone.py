@@ -1,11 +1,9 @@
 """backbone.py: the AST is the official one, its weight files are read in all their spellings or refused."""
 
 import hashlib
-import http.server
 import json
 import pickle
 import re
-import threading
 from pathlib import Path
 
 import numpy as np
@@ -361,6 +359,22 @@ def test_a_hostile_pickle_in_a_zip_checkpoint_is_not_executed(tmp_path, monkeypa
     assert [path.name for path in Path().iterdir()] == ["ast.pth"]
 
 
+def legacy(path: Path, state: dict[str, torch.Tensor]) -> Path:
+    """PyTorch's format before 1.6, in which the authors' .pth may be."""
+    torch.save(state, path, _use_new_zipfile_serialization=False)
+    return path
+
+
+def test_the_old_file_format_is_read_and_refused_when_truncated(ast, tmp_path):
+    path = legacy(tmp_path / "ast.pth", official(ast))
+    assert torch.equal(load_ast(path).pos_embed, ast.pos_embed)
+    content = path.read_bytes()
+    for share in (0.001, 0.01, 0.03, 0.1, 0.5, 0.9, 1 - 1 / len(content)):
+        path.write_bytes(content[: int(share * len(content))])
+        with pytest.raises(ValueError, match="truncated"):
+            load_ast(path)
+
+
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
 def test_a_file_truncated_anywhere_is_refused(ast, suffix, tmp_path):
     path = save(tmp_path / f"ast{suffix}", official(ast))
@@ -433,43 +447,30 @@ def test_mutated_weight_files_load_or_are_refused(ast, tmp_path):
 # ---------------------------------------------------------------- the command
 
 
-@pytest.fixture
-def server(tmp_path):
-    """A web server on the loopback address for the files in tmp_path/www."""
-    (tmp_path / "www").mkdir()
-
-    class Handler(http.server.SimpleHTTPRequestHandler):
-        def __init__(self, *args):
-            super().__init__(*args, directory=tmp_path / "www")
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        threading.Thread(target=httpd.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{httpd.server_port}"
-        httpd.shutdown()
-
-
 def test_the_command_fetches_verifies_and_describes(ast, server, tmp_path, monkeypatch, capsys):
-    content = save(tmp_path / "www" / "ast.safetensors", hub(ast)).read_bytes()
-    monkeypatch.setattr(backbone, "WEIGHTS_URL", f"{server}/ast.safetensors")
+    monkeypatch.chdir(tmp_path)
+    server.files["/model.safetensors"] = content = save(tmp_path / "ast.safetensors", hub(ast)).read_bytes()
     monkeypatch.setattr(backbone, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest())
-    weights = tmp_path / "weights" / "ast.safetensors"
-    backbone.main(["--weights", str(weights)])
+    backbone.main([])
     out = capsys.readouterr().out
-    assert weights.read_bytes() == content
+    assert Path("weights/ast.safetensors").read_bytes() == content
     assert "the public AudioSet AST" in out and "AST: 2 blocks, 64 dimensions, 1214 tokens" in out
     assert "LoRA of rank 64 on q and v: 32,768 trainable parameters" in out
 
 
 def test_weights_with_another_checksum_are_refused_and_deleted(server, tmp_path, monkeypatch, capsys):
-    (tmp_path / "www" / "ast.safetensors").write_bytes(b"something else")
-    monkeypatch.setattr(backbone, "WEIGHTS_URL", f"{server}/ast.safetensors")
+    monkeypatch.chdir(tmp_path)
+    server.files["/model.safetensors"] = b"something else"
     with pytest.raises(SystemExit) as stop:
-        backbone.main(["--weights", str(tmp_path / "weights" / "ast.safetensors")])
+        backbone.main([])
     assert stop.value.code == 2 and "checksum" in capsys.readouterr().err
-    assert list((tmp_path / "weights").iterdir()) == []
+    assert list(Path("weights").iterdir()) == []
+
+
+def test_nothing_is_fetched_under_a_name_of_ones_own(server, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"mistyped\.pth is missing; `python backbone\.py` fetches"):
+        backbone.fetch_weights(tmp_path / "mistyped.pth")
+    assert server.requests == []
 
 
 def test_lora_counts_in_the_command_are_those_of_the_readme():

@@ -1,7 +1,5 @@
 """data.py: names, WAV files, the front end, SpecAug, and fetching."""
 
-import hashlib
-import http.server
 import io
 import os
 import random
@@ -10,7 +8,6 @@ import signal
 import struct
 import subprocess
 import sys
-import threading
 import time
 import zipfile
 from pathlib import Path
@@ -20,7 +17,7 @@ import pytest
 import scipy
 import torch
 import torchaudio
-from conftest import REAL, ROOT, assert_equal_within, in_a_process, needs_cuda, needs_real
+from conftest import REAL, ROOT, assert_equal_within, in_a_process, needs_cuda, needs_real, serve
 from scipy.io import wavfile
 from torchaudio.compliance.kaldi import fbank
 
@@ -71,6 +68,7 @@ def noise(n_samples: int, seed: int = 0) -> np.ndarray:
         ("bandsaw/test/section_00_0000.wav", "bandsaw", "test", None, None, ""),
         ("pump/test/Pumpe 3, links.wav", "pump", "test", None, None, ""),
         ("pump/test/section_00_source_test_normal_40_a.wav", "pump", "test", None, None, ""),
+        ("fan/test/section_00_source_test_normal_0001_x.WAV", "fan", "test", "source", False, "x"),
     ],
 )  # fmt: skip
 def test_labels_come_from_the_name(path, machine, split, domain, is_anomaly, attributes):
@@ -182,16 +180,17 @@ def reference_files() -> list[Path]:
 @pytest.mark.skipif(not reference_files(), reason="this scipy comes without its test files")
 def test_decoded_samples_equal_libsndfiles():
     soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed")
-    compared = 0
+    pairs = []
     for path in reference_files():
         try:
             ours = read_wav(path)
             theirs, rate = soundfile.read(path, dtype="float64", always_2d=True)
         except (ValueError, soundfile.LibsndfileError):
             continue
-        torch.testing.assert_close(ours, expected_decoding(theirs, rate), atol=1e-6, rtol=0)
-        compared += 1
-    assert compared >= 15
+        pairs.append((ours, expected_decoding(theirs, rate)))
+    assert len(pairs) >= 13
+    ours, theirs = (torch.cat(side) for side in zip(*pairs, strict=True))
+    assert_equal_within(1e-6, f"{len(pairs)} awkward WAV files against libsndfile", ours, theirs)
 
 
 def riff(fmt: bytes, body: bytes, claim: int | None = None) -> bytes:
@@ -240,11 +239,23 @@ def test_a_directory_and_a_missing_file_are_refused(tmp_path):
         read_wav(tmp_path / "y.wav")
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
 def test_a_file_without_read_permission_is_refused(tmp_path):
+    def read_as_nobody(argv):
+        if os.geteuid() == 0:  # root may read everything
+            os.setuid(65534)
+        with pytest.raises(ValueError, match=r"x\.wav: Permission denied"):
+            read_wav(argv[0])
+
     write_wav(tmp_path / "x.wav", noise(500)).chmod(0)
-    with pytest.raises(ValueError, match="Permission denied"):
-        read_wav(tmp_path / "x.wav")
+    assert in_a_process(read_as_nobody, [tmp_path / "x.wav"]) == 0
+
+
+def test_scipys_own_test_files_give_a_wave_or_a_value_error():
+    for path in reference_files():
+        try:
+            assert read_wav(path).isfinite().all()
+        except ValueError as error:
+            assert path.name in str(error) and "\n" not in str(error)
 
 
 def test_a_thousand_mutated_files_give_a_wave_or_a_value_error(tmp_path):
@@ -480,8 +491,6 @@ def test_specaug_may_mask_everything_but_not_more():
     for masks in ((-1, 0), (0, 129), (1025, 0)):
         with pytest.raises(ValueError, match="SpecAug"):
             SpecAug(*masks)
-    with pytest.raises(ValueError, match="does not fit"):
-        SpecAug(80, 80)(torch.zeros(1, 1024, 64))
 
 
 # ---------------------------------------------------------------- the demo's sounds
@@ -535,53 +544,6 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Files by path on the loopback address, with Range, and with the faults that a test switches on."""
-
-    def __init__(self):
-        self.files, self.requests = {}, []
-        self.ignore_range, self.cut_at, self.delay = False, None, 0.0
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
-class Handler(http.server.BaseHTTPRequestHandler):
-    def do_GET(self):
-        server, path = self.server, self.path.split("?")[0]
-        wanted = self.headers.get("Range")
-        server.requests.append((path, wanted))
-        if path not in server.files:
-            return self.send_error(404)
-        content, start = server.files[path], 0
-        if wanted and not server.ignore_range:
-            start = int(wanted.removeprefix("bytes=").removesuffix("-"))
-            if start >= len(content):
-                return self.send_error(416)
-        self.send_response(206 if start else 200)
-        self.send_header("Content-Length", str(len(content) - start))
-        self.end_headers()
-        body = content[start : server.cut_at]
-        try:
-            for i in range(0, len(body), 1 << 14):
-                self.wfile.write(body[i : i + (1 << 14)])
-                time.sleep(server.delay)
-        except OSError:
-            pass  # the client was killed
-
-    def log_message(self, *args):
-        pass
-
-
-@pytest.fixture
-def server(monkeypatch):
-    with Server() as server:
-        monkeypatch.setattr(data, "ZENODO", f"{server.url}/zenodo")
-        monkeypatch.setattr(data, "GROUND_TRUTH", f"{server.url}/truth")
-        yield server
-        server.shutdown()
-
-
 def zip_of(*names: str, content: bytes = b"") -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
@@ -595,11 +557,6 @@ FAN_ZIP = zip_of(
     "fan/test/section_00_source_test_normal_0000_m-n_X.wav",
     "fan/attributes_00.csv",
 )
-
-
-def serve(server, monkeypatch, record: int, name: str, content: bytes) -> None:
-    server.files[f"/zenodo/{record}/files/{name}.zip"] = content
-    monkeypatch.setitem(data.ARCHIVE_MD5, name, hashlib.md5(content).hexdigest())
 
 
 def tree(root: Path) -> list[str]:
@@ -717,7 +674,7 @@ def test_a_hostile_or_damaged_archive_writes_nothing(server, monkeypatch, tmp_pa
     root.mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
         data.fetch("fan", root)
-    assert tree(tmp_path) == ["a/b/dev_fan.zip"]
+    assert tree(tmp_path) == []
 
 
 def test_no_network_says_what_to_put_where(monkeypatch, tmp_path):

@@ -241,11 +241,11 @@ def test_names_with_commas_quotes_and_other_letters_survive(small):
             wavfile.write(Path("data/pump", split, name), 8000, samples.astype(np.int16))
     raw = os.fsencode("data/pump/test/") + b"latin-1 \xf6.wav"
     shutil.copy("data/pump/test/a b.wav", raw)
-    train.prepare_demo([], "data/demo", "data/demo/ast.pth")
-    score.main(["--machine", "pump", "--pretrained", "--weights", "data/demo/ast.pth"])
+    train.prepare_demo([])
+    score.main(["--machine", "pump", "--pretrained", "--weights", "data/demo/ast.pth", "--device", "cpu"])
     found = [row[0] for row in rows(Path("runs/pretrained-pump/anomaly_score_pump_section_00_test.csv"))]
     assert found == sorted([*names, "latin-1 \udcf6.wav"])
-    evaluate.write_file("data/pump/labels.csv", b"".join(
+    data.write_file("data/pump/labels.csv", b"".join(
         b'"%s",%d\n' % (os.fsencode(name.replace('"', '""')), i % 2) for i, name in enumerate(found)))  # fmt: skip
     evaluate.main(["--machine", "pump", "--run", "runs/pretrained-pump"])
     assert Path("runs/pretrained-pump/metrics.csv").exists()
@@ -290,6 +290,26 @@ def test_scoring_again_does_not_embed_again(small, monkeypatch, capsys):
     scored()
     assert (folder / "anomaly_score_fan_section_00_test.csv").read_bytes() == first
     assert capsys.readouterr().out.count("transductive") == 1
+
+
+def test_a_bad_clip_of_the_last_machine_is_told_before_the_first_is_embedded(small, monkeypatch, capsys):
+    small_demo("fan", "valve")
+    data.list_clips("data/demo", "valve", "test")[-1].path.write_text("no sound")
+    monkeypatch.setattr(score, "embed", None)
+    with pytest.raises(SystemExit):
+        score.main(["--machine", "fan", "valve", "--demo", "--pretrained"])
+    assert "1 of 22 clips cannot be used" in capsys.readouterr().err
+
+
+def test_a_clip_moved_from_train_to_test_is_noticed(small, capsys):
+    """The sorted names of all clips stay the same list; only the split of one changes."""
+    small_demo("fan")
+    scored("--pretrained")
+    last = data.list_clips("data/demo", "fan", "train")[-1].path
+    last.rename(Path("data/demo/fan/test", "a" + last.name))
+    last = Path("data/demo/fan/test", "a" + last.name)
+    scored("--pretrained")
+    assert "is stale" in capsys.readouterr().out
 
 
 def test_stale_embeddings_are_noticed(small, capsys):
@@ -341,9 +361,9 @@ def test_scoring_an_unfinished_run_is_refused(small, capsys):
 @needs_real
 def test_the_real_clips_go_through_all_three_scripts(small, capsys):
     """Seven machines jointly: 10 s and 12 s, no target training clips, classes of one clip, undefined figures."""
-    train.prepare_demo([], "data/demo", "ast.pth")
+    train.prepare_demo([])
     real = ["--data", str(REAL / "real")]
-    train.main(["--machine", "dev", *real, "--weights", "ast.pth", "--epochs", "1", "--device", "cpu"])
+    train.main(["--machine", "dev", *real, "--weights", "data/demo/ast.pth", "--epochs", "1", "--device", "cpu"])
     assert "14 clips of 7 machines, 12 classes" in capsys.readouterr().out
     score.main(["--machine", "dev", "--device", "cpu"])
     evaluate.main(["--machine", "dev"])
