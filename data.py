@@ -561,7 +561,7 @@ def prepare(machines: list[str], root: str | Path, split: str) -> None:
 # ---------------------------------------------------------------- the made-up machines of --demo
 
 
-def make_demo(root: str | Path, machine: str, n_train: int = 21, n_test: int = 6, seconds: float = 10.0) -> None:
+def make_demo(root: str | Path, machine: str, n_train: int = 14, n_test: int = 5, seconds: float = 10.0) -> None:
     """Write a small made-up machine in DCASE layout to root/machine, unless there; from a fixed seed.
 
     It hums at a speed that its attributes name, over noise; the target domain has another speed and another

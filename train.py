@@ -158,8 +158,9 @@ def load_run(run: str | Path, weights: str | Path | None = None) -> tuple[Embedd
 
 # ---------------------------------------------------------------- the run folder
 
-# What a run folder holds, in the order in which --overwrite removes it: while adapter.pt is there, the run is finished.
-RESULTS = ["adapter.pt", "args.json", "last.pt", "log.csv", "metrics.csv", "scoring_*.json", "embeddings_*.npz"]
+# What a run folder holds beside args.json, in the order in which --overwrite removes it, before it replaces args.json:
+# whenever that is cut short, no file is taken for one of the new run. With adapter.pt, a run is finished.
+RESULTS = ["adapter.pt", "last.pt", "log.csv", "metrics.csv", "scoring_*.json", "embeddings_*.npz"]
 RESULTS += ["anomaly_score_*.csv", "decision_result_*.csv", "nearest_*.csv"]
 MAY_DIFFER = {"run", "data", "weights", "workers"}  # between a run and its --resume: places, and who reads the files
 

@@ -80,9 +80,9 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
 
     dev and eval stand for two machines and one, so that the whole table takes a minute.
     """
-    small_demo(*data.DEV, *data.EVAL, "pump", n_train=6)
+    small_demo("fan", "valve", "bandsaw", "pump", n_train=6)
     train.prepare_demo([])
-    for machine in [*data.DEV, *data.EVAL]:
+    for machine in ("fan", "valve", "bandsaw"):
         shutil.copytree(f"data/demo/{machine}", f"data/{machine}")
     for split in ("train", "test"):
         for i, clip in enumerate(data.list_clips("data/demo", "pump", split)):
@@ -99,6 +99,7 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
     monkeypatch.setattr(data, "EVAL", ["bandsaw"])
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
     blocks = blocks.replace("in 0 1 2 3;", "in 0;").replace("{0,1,2,3}", "0")
+    blocks = re.sub(r"ToyCar ToyTrain.*?shaker", "fan valve bandsaw", blocks, flags=re.DOTALL)
 
     (request, to_us), (from_us, reply) = os.pipe(), os.pipe()
     variables = os.environ | {"REQUEST": str(to_us), "REPLY": str(from_us)}
@@ -117,7 +118,7 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
         ran.append((line, status, capsys.readouterr().err.splitlines()[-1:] if status else ""))
         os.write(reply, f"{status}\n".encode())
     assert shell.wait() == 0 and not [failed for failed in ran if failed[1]], ran[-1]
-    assert len(ran) > 80
+    assert len(ran) > 60
 
 
 def test_the_readme_names_every_flag_of_the_method():

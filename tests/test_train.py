@@ -149,11 +149,11 @@ def results(folder: Path) -> dict[str, bytes]:
 
 def test_training_learns_to_tell_the_classes_apart(small):
     small_demo("fan", n_train=14)
-    run("--epochs", "20", "--time-mask", "0", "--freq-mask", "0")
+    run("--epochs", "14", "--time-mask", "0", "--freq-mask", "0")
     with open("runs/demo-fan/log.csv") as file:
         log = list(csv.DictReader(file))
-    assert len(log) == 20 and float(log[-1]["loss"]) < 0.5 * float(log[0]["loss"])
-    assert float(log[-1]["accuracy"]) >= 0.8
+    assert len(log) == 14 and float(log[-1]["loss"]) < 0.6 * float(log[0]["loss"])
+    assert float(log[-1]["accuracy"]) >= 0.7
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full", "frozen"])
