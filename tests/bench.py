@@ -8,6 +8,7 @@ each figure is the median of its rounds. The weights are random: speed does not 
 """
 
 import argparse
+import contextlib
 import os
 import re
 import resource
@@ -335,7 +336,7 @@ def main() -> None:
     name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
     precision = "bf16 autocast" if DEVICE.type == "cuda" else "float32"
     torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as temporary:
+    with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
         folder, weights = Path(temporary), Path(temporary) / "ast.pth"
         train.save(weights, AST().state_dict())
         write_clips(folder, "many", 2000)
