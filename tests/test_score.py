@@ -19,6 +19,7 @@ import evaluate
 import score
 import train
 from backbone import Embedder
+from lora import merge_lora
 from score import anomaly_scores, embed, nearest, smote
 
 
@@ -264,17 +265,26 @@ def test_a_long_clip_is_the_mean_of_its_windows_and_batches_do_not_matter(small)
     np.testing.assert_allclose(one[3], expected[0], atol=1e-6)
 
 
-def test_merged_weights_score_as_unmerged_ones(small):
-    """The adapters are merged for scoring: the same distances as the trained model itself gives."""
+def test_a_merged_and_saved_model_scores_as_the_trained_one(small):
+    """The adapters of a trained run are merged, the plain AST is saved, loaded as public weights are, and scored."""
     small_demo("fan", n_test=2)
     folder = trained("--alpha", "16", "--lr", "0.01")
     scored()
     model, _ = train.load_run(folder)
-    with torch.no_grad():
-        unmerged = embed(model.eval(), data.list_clips("data/demo", "fan", "test"), batch_size=4)
-    assert_equal_within(
-        1e-5, "merged against unmerged embeddings", np.load(folder / "embeddings_fan.npz")["test"], unmerged
-    )
+    clips = {split: data.list_clips("data/demo", "fan", split) for split in ("train", "test")}
+    unmerged = {split: embed(model.eval(), clips[split], batch_size=4) for split in clips}
+    public = train.load_ast("data/demo/ast.pth").state_dict()
+    merge_lora(model.ast)
+    train.save(Path("merged.pth"), model.ast.state_dict())
+    model.ast = train.load_ast("merged.pth")
+    assert (model.ast.blocks[0].attn.q.weight - public["blocks.0.attn.q.weight"]).abs().max() > 1e-3
+    merged = {split: embed(model, clips[split], batch_size=4) for split in clips}
+    assert_equal_within(1e-5, "embeddings, merged and saved against unmerged", merged["test"], unmerged["test"])
+    domains = [clip.domain for clip in clips["train"]]
+    scores = [anomaly_scores(e["train"], e["test"], domains, 1, "none", 0)[0] for e in (merged, unmerged)]
+    assert_equal_within(1e-5, "scores, merged and saved against unmerged", *scores)
+    stored = [float(value) for _, value in rows(folder / "anomaly_score_fan_section_00_test.csv")]
+    assert_equal_within(1e-5, "score.py's file against unmerged", stored, scores[1])
 
 
 def test_scoring_again_does_not_embed_again(small, monkeypatch, capsys):
