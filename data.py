@@ -541,8 +541,10 @@ def fetch(machine: str, root: str | Path) -> None:
             download(f"{ZENODO}/{record}/files/{name}.zip?download=1", archive, "md5", ARCHIVE_MD5[name])
             try:
                 unpack(archive, machine, root, splits)
-            finally:  # unpacked, or of no use; a kill leaves it, and the next call takes it from there
+            except ValueError:  # of no use; but an interruption leaves it, and the next call takes it from there
                 archive.unlink()
+                raise
+            archive.unlink()
     for kind in ("data", "domain") if machine in EVAL else ():
         file = f"ground_truth_{kind}/ground_truth_{machine}_section_00_test.csv"
         if not (root / "ground_truth" / file).exists():

@@ -99,7 +99,7 @@ def official_score(machines: list[dict[str, float]]) -> float:
 def read_csv(path: Path, number: type) -> dict[str, float]:
     """A two-column CSV file without header -> {name: number}. ValueError: a malformed or doubled row."""
     rows = {}
-    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, row in enumerate(csv.reader(file), 1):
             try:
                 name, value = row

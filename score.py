@@ -236,6 +236,9 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
     threshold = np.percentile(train_scores, 90)
     decisions = scores > threshold
 
+    # evaluate.py prints beside the numbers how they were made; until the new ones are whole, it is told nothing
+    how_file = run / f"scoring_{machine}.json"
+    how_file.unlink(missing_ok=True)
     names = [clip.path.name for clip in test]
     write_csv(run / f"anomaly_score_{machine}_section_00_test.csv", list(zip(names, scores.tolist(), strict=True)))
     write_csv(
@@ -244,10 +247,9 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
     distances = 1 - np.sum(arrays["test"] * arrays["train"][neighbours], axis=1)
     near = zip(names, [train[i].path.name for i in neighbours], distances.tolist(), strict=True)
     write_csv(run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "distance"), *near])
-    # evaluate.py prints beside the numbers how they were made
     how = {"model": model_id.split()[0], "normalize": args.normalize, "k": args.k, "smote": args.smote}
     how |= {"data": str(args.data)}
-    write_file(run / f"scoring_{machine}.json", json.dumps(how).encode())
+    write_file(how_file, json.dumps(how).encode())
     counts = ", ".join(f"{domains.count(d)} {d}" for d in ("source", "target") if d in domains)
     print(
         f"{machine}: {len(test)} test clips against {len(train)} training clips"

@@ -296,7 +296,7 @@ def train(args: argparse.Namespace) -> None:
             torch.manual_seed(epoch_seeds(args.seed, epoch)[1])
             model.train()
             totals, unread = torch.zeros(2, dtype=torch.float64), []  # summed loss and hits of this epoch
-            seen, sizes = 0, [len(batch) for batch in plan[epoch]]
+            seen, sizes, steps_before = 0, [len(batch) for batch in plan[epoch]], step
             for i, size in enumerate(sizes):
                 waves, n_samples, index = (tensor.to(device, non_blocking=True) for tensor in next(batches))
                 y = labels[index]
@@ -324,8 +324,8 @@ def train(args: argparse.Namespace) -> None:
                     numbers = torch.stack(unread).double().cpu()  # (batches, 2)
                     if not numbers.isfinite().all():
                         bad = i + 1 - len(unread) + numbers.isfinite().all(dim=1).int().argmin().item()
-                        bad_step = step - (i // args.accumulate - bad // args.accumulate)
-                        raise ValueError(diverged("the loss is not finite", bad_step, args, epoch))
+                        at_step = steps_before + bad // args.accumulate + 1
+                        raise ValueError(diverged("the loss is not finite", at_step, args, epoch))
                     totals, unread = totals + numbers.sum(dim=0), []
                     mean_loss, accuracy = (totals / seen).tolist()
                     progress.set_postfix(epoch=epoch, loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.3f}")

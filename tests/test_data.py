@@ -635,6 +635,19 @@ def test_an_archive_put_there_by_hand_is_used(server, monkeypatch, tmp_path):
     assert server.requests == [] and len(tree(tmp_path)) == 3
 
 
+def test_ctrl_c_while_unpacking_keeps_the_archive(server, monkeypatch, tmp_path):
+    def interrupted(*_):
+        raise KeyboardInterrupt
+
+    serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(data.zipfile.ZipFile, "extractall", interrupted)
+        data.fetch("fan", tmp_path)
+    assert tree(tmp_path) == ["dev_fan.zip"]
+    data.fetch("fan", tmp_path)
+    assert len(server.requests) == 1 and len(tree(tmp_path)) == 3
+
+
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(server, tmp_path):
     server.files["/zenodo/7882613/files/dev_fan.zip"] = FAN_ZIP
     with pytest.raises(ValueError, match="has not the md5 checksum 9348591e96fb0ad499a1e33b082562fc; deleted"):

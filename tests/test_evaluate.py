@@ -222,6 +222,8 @@ def test_ones_own_machine_needs_only_a_labels_file_whatever_the_names(tmp_path):
     """Commas, quotes, spaces, non-ASCII letters, and bytes that are no UTF-8. Without domains, all is source."""
     run = scored(tmp_path / "run", "pump", dict(zip(NAMES, [1.0, 5.0, 2.0, 4.0, 3.0], strict=True)))
     write(tmp_path / "data" / "pump" / "labels.csv", list(zip(reversed(NAMES), [0, 1, 0, 1, 0], strict=True)))
+    labels = tmp_path / "data" / "pump" / "labels.csv"
+    labels.write_bytes(b"\xef\xbb\xbf" + labels.read_bytes())  # as spreadsheets save it
     row = evaluate.evaluate_machine("pump", run, tmp_path / "data")
     assert row["auc_source"] == 1 and math.isnan(row["auc_target"]) and row["set"] == "own"
     (tmp_path / "data" / "pump" / "labels.csv").unlink()

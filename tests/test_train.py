@@ -319,7 +319,14 @@ def test_resuming_with_other_clips_or_weights_is_refused(small, monkeypatch, cap
     assert "weights_sha256 was" in error_of(capsys, "--resume")
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(small, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("flags", "step"),
+    [  # batches of 4 and 3 clips, the fourth one fails: that is in the second epoch
+        (["--batch-size", "4"], "step 4 (learning rate 0.0008)"),
+        (["--batch-size", "4", "--accumulate", "3"], "step 2 (learning rate 0.0004)"),
+    ],
+)
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(small, monkeypatch, capsys, flags, step):
     small_demo("fan")
     forward, calls = ArcFace.forward, []
 
@@ -329,8 +336,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
 
     with monkeypatch.context() as patch:
         patch.setattr(ArcFace, "forward", explode)
-        message = error_of(capsys, "--batch-size", "4", "--epochs", "3")
-    assert "the loss is not finite at step 4 (learning rate 0.0008); runs/demo-fan/last.pt holds epoch 1" in message
+        message = error_of(capsys, *flags, "--epochs", "3")
+    assert f"the loss is not finite at {step}; runs/demo-fan/last.pt holds epoch 1" in message
     assert train.load_file("runs/demo-fan/last.pt")["epoch"] == 1 and not Path("runs/demo-fan/adapter.pt").exists()
 
 
