@@ -3,8 +3,9 @@
     pip install transformers peft          # optional: without them the rows that need them are left out
     python tests/bench.py                  # 10 minutes on two CPU cores, 5 on a GPU
 
-Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the same input;
-each figure is the median of its rounds. The weights are random: speed does not depend on them.
+Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the same input (bare
+steps and eager: the first row's figure again); each is the median of its rounds. The weights are random: speed does
+not depend on them.
 """
 
 import argparse
