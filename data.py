@@ -552,12 +552,16 @@ def fetch(machine: str, root: str | Path) -> None:
 
 
 def prepare(machines: list[str], root: str | Path, split: str) -> None:
-    """Fetch the DCASE2023 machines of which `root` does not hold that split yet."""
-    for machine in machines:
+    """Fetch the DCASE2023 machines of which `root` does not hold that split yet; the others must be there.
+
+    One's own come first, so that a misspelt name is told before anything is fetched. Errors: see list_clips, fetch.
+    """
+    for machine in sorted(machines, key=lambda machine: machine in ARCHIVES):
         folder = Path(root) / machine / split
         if machine in ARCHIVES and not folder.is_dir() and not (folder.parent / machine).is_dir():
             print(f"{folder} is missing: fetching {machine}")
             fetch(machine, root)
+        list_clips(root, machine, split)
 
 
 # ---------------------------------------------------------------- the made-up machines of --demo

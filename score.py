@@ -304,6 +304,7 @@ def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder,
     if args.pretrained:
         args.data = args.data or "data"
         args.weights = args.weights or WEIGHTS
+        prepare(machines, args.data, "train")  # tells a misspelt name before the weights are fetched
         fetch_weights(args.weights)
         model = Embedder(load_ast(args.weights), pooling="cls", embedding=None)
         model_id = f"pretrained {file_digest(args.weights)[:12]}"
