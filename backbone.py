@@ -18,7 +18,6 @@ AudioSet weights, checks them and says what they are:
 """
 
 import argparse
-import hashlib
 import io
 import json
 import math
@@ -265,7 +264,7 @@ def load_ast(path: str | Path) -> AST:
     return ast
 
 
-# What torch's unpickler raises on files that are not what it expects.
+# What reading raises on files that are not what they should be.
 BROKEN = (
     pickle.UnpicklingError,
     struct.error,
@@ -321,7 +320,7 @@ def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
             tensors[name], position = torch.frombuffer(buffer, dtype=DTYPES[dtype]).view(shape), end
         if start + position != len(raw):
             raise ValueError(f"{len(raw) - start - position} bytes belong to no tensor")
-    except (ValueError, LookupError, TypeError, AttributeError, RuntimeError, RecursionError) as e:
+    except BROKEN as e:
         raise ValueError(f"{path}: a truncated or invalid safetensors file ({e}); delete it and fetch it again") from e
     return tensors
 
@@ -341,7 +340,8 @@ def fetch_weights(path: str | Path = WEIGHTS) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    from lora import add_lora, count_parameters  # to count; the model itself needs no LoRA
+    from data import file_digest
+    from lora import add_lora, count_parameters  # to describe; the model itself imports neither
 
     parser = argparse.ArgumentParser(
         prog="backbone.py", usage=argparse.SUPPRESS, description="Fetch the AST weights, check them, describe them."
@@ -355,7 +355,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(str(error))
     except KeyboardInterrupt:
         parser.exit(130, "\nbackbone.py: interrupted; the same command goes on from here\n")
-    digest = hashlib.sha256(Path(args.weights).read_bytes()).hexdigest()
+    digest = file_digest(args.weights)
     print(f"{args.weights}  SHA-256 {digest}", "(the public AudioSet AST)" if digest == WEIGHTS_SHA256 else "(other)")
     print(f"AST: {len(ast.blocks)} blocks, {ast.norm.weight.numel()} dimensions, {ast.pos_embed.shape[1]} tokens")
     print(f"parameters: {count_parameters(ast)[1]:,}; forward pass of a clip: {forward_flops(ast) / 1e9:.1f} GFLOP")

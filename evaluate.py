@@ -128,11 +128,12 @@ def read_01(path: Path, names: list[str]) -> np.ndarray:
 def labels_of(machine: str, names: list[str], data: Path) -> tuple[np.ndarray, np.ndarray]:
     """(is_anomaly, is_target) of the test clips; a clip without a domain counts as source."""
     clips = [parse_clip(Path(machine, "test", name)) for name in names]
+    is_target = np.array([clip.domain == "target" for clip in clips])
     if all(clip.is_anomaly is not None for clip in clips):
-        return np.array([clip.is_anomaly for clip in clips]), np.array([clip.domain == "target" for clip in clips])
+        return np.array([clip.is_anomaly for clip in clips]), is_target
     own = data / machine / "labels.csv"
     if own.exists():
-        return read_01(own, names), np.array([clip.domain == "target" for clip in clips])
+        return read_01(own, names), is_target
     if machine in EVAL:
         file = f"ground_truth_{machine}_section_00_test.csv"
         paths = [data / "ground_truth" / f"ground_truth_{kind}" / file for kind in ("data", "domain")]

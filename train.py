@@ -337,7 +337,7 @@ def train(args: argparse.Namespace) -> None:
             save(run / "last.pt", state | {"arcface": arcface.state_dict(), "optimizer": optimizer.state_dict()})
             write_log(run / "log.csv", log)
 
-    write_log(run / "log.csv", log)
+    write_log(run / "log.csv", log)  # again: a kill may have left it an epoch behind last.pt
     save(run / "adapter.pt", trained_state(model))
     if device.type == "cuda":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
