@@ -1,6 +1,6 @@
 """The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, arXiv 2104.01778).
 
-A ViT on the spectrogram x (T=1024 frames, F=128 mel bins), N = 2 + 12·101 = 1214 tokens of D dimensions:
+A ViT on the spectrogram x (T = 1024 frames, F = 128 mel bins), N = 2 + 12·101 = 1214 tokens of D dimensions:
 
     z⁰ = [cls, dist, patches(x)] + pos
     z  = z + Attention(LayerNorm(z)),   z = z + MLP(LayerNorm(z))        12 blocks
@@ -20,7 +20,6 @@ AudioSet weights, checks them and says what they are:
 import argparse
 import io
 import json
-import math
 import pickle
 import re
 import struct
@@ -30,18 +29,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# The input, about 10.25 s; data.py makes it. The length is fixed since every patch has its own position
-# embedding: shorter clips are padded, longer ones cut into windows.
-N_FRAMES, N_MELS = 1024, 128
+import data
+from data import N_FRAMES, N_MELS
+
 PATCH, STRIDE = 16, 10  # neighbouring patches overlap by 6
 HEAD_DIM = 64  # in every AST and DeiT size
-
-WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
-WEIGHTS_URL = (
-    "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve/"
-    "f826b80d28226b62986cc218e5cec390b1096902/model.safetensors"
-)
-WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
 
 
 class Attention(nn.Module):
@@ -167,35 +159,27 @@ class Embedder(nn.Module):
 
     pooling    "cls" (mean of the class tokens) or "asp" (attentive statistics of the patch tokens)
     embedding  dimensions of the result; None leaves the linear layer out: the untouched AST
-
-    `head` is everything on top of the AST: what stays trainable when the AST is frozen.
     """
 
     def __init__(self, ast: AST, pooling: str, embedding: int | None):
         super().__init__()
         dim = ast.norm.weight.numel()
         self.ast = ast
-        self.head = nn.Sequential()
-        self.head.pooling = ClassTokenPooling() if pooling == "cls" else AttentiveStatisticsPooling(dim)
-        if embedding is not None:
-            self.head.linear = nn.Linear(dim if pooling == "cls" else 2 * dim, embedding)
+        self.pooling = ClassTokenPooling() if pooling == "cls" else AttentiveStatisticsPooling(dim)
+        pooled = dim if pooling == "cls" else 2 * dim
+        self.linear = nn.Identity() if embedding is None else nn.Linear(pooled, embedding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.head(self.ast(x)).float(), dim=1)
+        return F.normalize(self.linear(self.pooling(self.ast(x))).float(), dim=1)
 
 
-def forward_flops(ast: AST) -> int:
-    """Floating-point operations of one clip's forward pass, a multiply-add counted as two.
+# -------------------------------------------- plumbing: nothing below is in the paper
+# Loading public weights
 
-    Matrix products only, as torch.utils.flop_counter counts: with N tokens of D dimensions a block has
-    four D x D layers and two D x 4D layers (24 N D²), and attention is q kᵀ and its product with v (4 N² D).
-    """
-    _, N, D = ast.pos_embed.shape
-    patches = 2 * (N - 2) * PATCH * PATCH * D
-    return patches + len(ast.blocks) * (24 * N * D * D + 4 * N * N * D)
-
-
-# ---------------------------------------------------------------- loading public weights
+WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
+HUB = "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve"
+WEIGHTS_URL = f"{HUB}/f826b80d28226b62986cc218e5cec390b1096902/model.safetensors"
+WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
 
 # The same weights are published under other names: by the authors (.pth), on the Hugging Face hub
 # (.bin, .safetensors), and as transformers 5 holds them in memory. Left to right gives the names above.
@@ -217,7 +201,7 @@ RENAMES = [
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
 ]
-HEADS = r"(module\.)?(v\.head|v\.head_dist|mlp_head\.[01]|classifier\.(layernorm|dense))\.(weight|bias)"
+CLASSIFIER = r"(module\.)?(v\.head|v\.head_dist|mlp_head\.[01]|classifier\.(layernorm|dense))\.(weight|bias)"
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -229,100 +213,98 @@ def load_ast(path: str | Path) -> AST:
     ValueError (naming file and reason): not a weight file, truncated, not an AST.
     FileNotFoundError: no such file.
     """
-    state = {}
-    for name, tensor in _read_tensors(path).items():
-        if re.fullmatch(HEADS, name):
-            continue
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        if ".attn.qkv." in name and tensor.ndim and len(tensor) % 3 == 0:  # fused, in the order q, k, v
-            parts = {name.replace("qkv", letter): part for letter, part in zip("qkv", tensor.chunk(3), strict=True)}
-        else:
-            parts = {name: tensor}
-        if doubled := parts.keys() & state.keys():
-            raise ValueError(f"{path}: two tensors for {min(doubled)}")
-        state |= parts
-
-    dim = state["norm.weight"].numel() if "norm.weight" in state else 0
-    depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
-    if not dim or dim % HEAD_DIM or not depth:
-        raise ValueError(f"{path}: not an AST (no norm.weight of a multiple of {HEAD_DIM}, or no blocks)")
-    with torch.device("meta"):  # shapes without memory: every weight comes from the file
-        ast = AST(dim, depth, dim // HEAD_DIM)
-    expected = ast.state_dict()
-    if missing := sorted(expected.keys() - state.keys()):
-        raise ValueError(f"{path}: not an AST: {len(missing)} tensors are missing, {missing[0]} for one")
-    if extra := sorted(state.keys() - expected.keys()):
-        raise ValueError(f"{path}: not an AST: {len(extra)} tensors too many, {extra[0]} for one")
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            raise ValueError(f"{path}: not this AST: {name} has the shape {shapes} (an ImageNet ViT? other strides?)")
-        if not state[name].isfinite().all():
-            raise ValueError(f"{path}: {name} has values that are not finite")
+    try:
+        state = rename(read_tensors(path))
+        depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
+        dim = state["norm.weight"].numel() if "norm.weight" in state else 0
+        if not dim or dim % HEAD_DIM or not depth:
+            raise ValueError(f"not an AST (no norm.weight of a multiple of {HEAD_DIM}, or no blocks)")
+        with torch.device("meta"):  # shapes without memory: every weight comes from the file
+            ast = AST(dim, depth, dim // HEAD_DIM)
+        expected = ast.state_dict()
+        if missing := sorted(expected.keys() - state.keys()):
+            raise ValueError(f"not an AST: {len(missing)} tensors are missing, {missing[0]} for one")
+        if extra := sorted(state.keys() - expected.keys()):
+            raise ValueError(f"not an AST: {len(extra)} tensors too many, {extra[0]} for one")
+        for name, tensor in state.items():
+            if tensor.shape != expected[name].shape:
+                shapes = f"{tuple(tensor.shape)}, not {tuple(expected[name].shape)}"
+                raise ValueError(f"not this AST: {name} has the shape {shapes} (an ImageNet ViT? other strides?)")
+            if not tensor.isfinite().all():
+                raise ValueError(f"{name} has values that are not finite")
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
     ast.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
     return ast
 
 
+def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """To the names of `AST`, without the classifier, the fused qkv split. ValueError: two tensors of one name."""
+    state = {}
+    for name, tensor in tensors.items():
+        if re.fullmatch(CLASSIFIER, name):
+            continue
+        for pattern, replacement in RENAMES:
+            name = re.sub(pattern, replacement, name)
+        parts = {name: tensor}
+        if ".attn.qkv." in name and tensor.ndim and len(tensor) % 3 == 0:
+            parts = {name.replace("qkv", letter): part for letter, part in zip("qkv", tensor.chunk(3), strict=True)}
+        if doubled := parts.keys() & state.keys():
+            raise ValueError(f"two tensors for {min(doubled)}")
+        state |= parts
+    return state
+
+
+def read_tensors(path: str | Path) -> dict[str, Tensor]:
+    """Name -> tensor, from a safetensors file or from a PyTorch file. ValueError: neither, or damaged."""
+    raw = Path(path).read_bytes()
+    tensors = (read_safetensors if raw[8:9] == b"{" else unpickle)(raw)
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ValueError("holds something else than tensors by name")
+    for name, tensor in tensors.items():
+        if not isinstance(name, str) or not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; weights are floating-point tensors by name")
+    return tensors
+
+
 # What reading raises on files that are not what they should be.
-BROKEN = (
-    pickle.UnpicklingError,
-    struct.error,
-    RuntimeError,
-    EOFError,
-    LookupError,
-    ValueError,
-    TypeError,
-    AttributeError,
-)
+DAMAGE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError,
+          AttributeError)  # fmt: skip
 
 
 def load_file(path: str | Path) -> object:
-    """What `torch.save` wrote, on the CPU. Unpickles tensors and plain containers only, executes nothing.
+    """What `torch.save` wrote, on the CPU. ValueError (naming the file): truncated, damaged, or something else."""
+    try:
+        return unpickle(Path(path).read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}") from error
 
-    ValueError (naming the file): truncated, damaged, or a pickle of anything else.
-    """
-    raw = Path(path).read_bytes()
+
+def unpickle(raw: bytes) -> object:
+    """Tensors and plain containers only: nothing in the file is executed."""
     try:
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except BROKEN as e:
+    except DAMAGE as error:
         kind = "a web page" if raw.lstrip()[:1] == b"<" else "truncated, damaged, or not a file of tensors"
-        raise ValueError(f"{path} cannot be loaded: {kind}; delete it and fetch or make it again") from e
+        raise ValueError(f"cannot be loaded: {kind}; delete it and fetch or make it again") from error
 
 
-def _read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor, from a safetensors file or from a PyTorch file."""
-    with open(path, "rb") as file:
-        is_safetensors = file.read(9)[8:] == b"{"
-    tensors = _read_safetensors(path) if is_safetensors else load_file(path)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
-        raise ValueError(f"{path}: holds something else than tensors by name")
-    for name, tensor in tensors.items():
-        if not isinstance(name, str) or not tensor.is_floating_point():
-            raise ValueError(f"{path}: {name} is {tensor.dtype}; weights are floating-point tensors by name")
-    return tensors
-
-
-def _read_safetensors(path: str | Path) -> dict[str, Tensor]:
+def read_safetensors(raw: bytes) -> dict[str, Tensor]:
     """8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets), the tensors' bytes."""
-    raw = Path(path).read_bytes()
-    start = 8 + int.from_bytes(raw[:8], "little")
     try:
+        start = 8 + int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8:start])
         header.pop("__metadata__", None)
-        entries = sorted((*entry["data_offsets"], entry["dtype"], entry["shape"], n) for n, entry in header.items())
-        tensors, position = {}, 0
-        for begin, end, dtype, shape, name in entries:
-            size = math.prod(shape) * DTYPES[dtype].itemsize
-            if begin != position or end - begin != size or size <= 0 or start + end > len(raw):
-                raise ValueError(f"{name} claims bytes that it does not have")
-            buffer = bytearray(raw[start + begin : start + end])
-            tensors[name], position = torch.frombuffer(buffer, dtype=DTYPES[dtype]).view(shape), end
-        if start + position != len(raw):
-            raise ValueError(f"{len(raw) - start - position} bytes belong to no tensor")
-    except BROKEN as e:
-        raise ValueError(f"{path}: a truncated or invalid safetensors file ({e}); delete it and fetch it again") from e
-    return tensors
+        spans = sorted(entry["data_offsets"] for entry in header.values())
+        if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), len(raw) - start]:
+            raise ValueError("its tensors do not fill it")
+        body, tensors = memoryview(raw)[start:], {}
+        for name, entry in header.items():
+            content = bytearray(body[slice(*entry["data_offsets"])])
+            tensors[name] = torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+        return tensors
+    except DAMAGE as error:
+        raise ValueError(f"a truncated or invalid safetensors file ({error}); delete it and fetch it again") from error
 
 
 def fetch_weights(path: str | Path = WEIGHTS) -> None:
@@ -330,37 +312,24 @@ def fetch_weights(path: str | Path = WEIGHTS) -> None:
 
     FileNotFoundError: `path` is another place, and empty: nothing is fetched under a name of one's own.
     """
-    from data import download  # only fetching needs it: the model itself imports nothing of data.py
-
-    if Path(path).exists():
-        return
-    if Path(path) != Path(WEIGHTS):
+    if Path(path) == Path(WEIGHTS):
+        data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
+    elif not Path(path).exists():
         raise FileNotFoundError(f"{path} is missing; `python backbone.py` fetches the public weights to {WEIGHTS}")
-    download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
 
 
 def main(argv: list[str] | None = None) -> None:
-    from data import file_digest
-    from lora import add_lora, count_parameters  # to describe; the model itself imports neither
-
-    parser = argparse.ArgumentParser(
-        prog="backbone.py", usage=argparse.SUPPRESS, description="Fetch the AST weights, check them, describe them."
-    )
+    about = "Fetch the AST's public weights, check them, describe them."
+    parser = argparse.ArgumentParser("backbone.py", argparse.SUPPRESS, about, allow_abbrev=False)
     parser.add_argument("--weights", default=WEIGHTS, help="where they are (%(default)s, fetched if missing)")
     args = parser.parse_args(argv)
-    try:
+    with data.one_line_errors(parser):
         fetch_weights(args.weights)
         ast = load_ast(args.weights)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    except KeyboardInterrupt:
-        parser.exit(130, "\nbackbone.py: interrupted; the same command goes on from here\n")
-    digest = file_digest(args.weights)
+        digest = data.file_digest(args.weights)
     print(f"{args.weights}  SHA-256 {digest}", "(the public AudioSet AST)" if digest == WEIGHTS_SHA256 else "(other)")
     print(f"AST: {len(ast.blocks)} blocks, {ast.norm.weight.numel()} dimensions, {ast.pos_embed.shape[1]} tokens")
-    print(f"parameters: {count_parameters(ast)[1]:,}; forward pass of a clip: {forward_flops(ast) / 1e9:.1f} GFLOP")
-    add_lora(ast.requires_grad_(False), ["q", "v"], rank=64, alpha=64)
-    print(f"LoRA of rank 64 on q and v: {count_parameters(ast)[0]:,} trainable parameters")
+    print(f"parameters: {sum(parameter.numel() for parameter in ast.parameters()):,}")
 
 
 if __name__ == "__main__":

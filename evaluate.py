@@ -29,30 +29,10 @@ import numpy as np
 from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 
-from data import DEV, EVAL, default_run, machine_names, parse_clip, read_json, write_csv
+import data
 
-DOMAINS = ("source", "target")
-ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
+ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}  # of the official score
 EPS = sys.float_info.epsilon  # where the official code divides by zero, it divides by this
-
-# For comparison: official scores in percent (dev, eval) that others report. None of them was computed here.
-PUBLISHED = [
-    ("challenge baseline, MSE (autoencoder)", None, 59.25, "nttcslab/dcase2023_task2_evaluator"),
-    ("challenge baseline, MAHALA (autoencoder)", None, 61.05, "nttcslab/dcase2023_task2_evaluator"),
-    ("challenge winner", None, 66.97, "DCASE2023 Task 2 results"),
-    ("FeatEx", 64.2, 66.6, "as cited by others"),
-    ("dual-path FTE-Net", None, 71.3, "as cited by others"),
-    ("AnoPatch (BEATs)", 64.2, 74.2, "as cited by others"),
-    ("GenRep, test-standardised", 65.0, 73.8, "as cited by others; transductive"),
-    ("local-density SSL", 71.3, 72.4, "as cited by others"),
-    ("the same team's 2025 journal paper", 64.3, 68.7, "as cited by others"),
-    ("ASDKit, BEATs-LoRA, 4 trials", "62.66 ± 0.70", "71.46 ± 0.49", "TakuyaFujimura/dcase-asd-toolkit"),
-    ("ASDKit, EAT-LoRA", 63.98, 72.04, "TakuyaFujimura/dcase-asd-toolkit"),
-    ("the paper, arXiv 2409.07016", None, 77.75, "its abstract"),
-]
-
-
-# ---------------------------------------------------------------- the metric
 
 
 def machine_metrics(
@@ -65,12 +45,10 @@ def machine_metrics(
     """
     scores = np.asarray(scores, float)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
-    metrics = {}
-    for domain, in_domain in zip(DOMAINS, (~is_target, is_target), strict=True):
-        chosen = in_domain | is_anomaly
-        metrics[f"auc_{domain}"] = _auc(is_anomaly[chosen], scores[chosen])
-    metrics["pauc"] = _auc(is_anomaly, scores, max_fpr=0.1)
-    for domain, in_domain in zip(DOMAINS, (~is_target, is_target), strict=True):
+    metrics = {"pauc": auc(is_anomaly, scores, max_fpr=0.1)}
+    for domain, in_domain in (("source", ~is_target), ("target", is_target)):
+        chosen = in_domain | is_anomaly  # the domain's normal clips, and the anomalies of both
+        metrics[f"auc_{domain}"] = auc(is_anomaly[chosen], scores[chosen])
         precision = recall = f1 = math.nan
         if decisions is not None and in_domain.any():
             truth, decided = is_anomaly[in_domain], np.asarray(decisions, bool)[in_domain]
@@ -81,7 +59,8 @@ def machine_metrics(
     return {name: float(value) for name, value in metrics.items()}
 
 
-def _auc(is_anomaly: np.ndarray, scores: np.ndarray, max_fpr: float | None = None) -> float:
+def auc(is_anomaly: np.ndarray, scores: np.ndarray, max_fpr: float | None = None) -> float:
+    """NaN where it is undefined: without a normal clip or without an anomaly."""
     if is_anomaly.all() or not is_anomaly.any():
         return math.nan
     return roc_auc_score(is_anomaly, scores, max_fpr=max_fpr)
@@ -93,7 +72,8 @@ def official_score(machines: list[dict[str, float]]) -> float:
     return float(hmean(np.maximum(values, EPS))) if values else math.nan
 
 
-# ---------------------------------------------------------------- scores and labels, joined by file name
+# -------------------------------------------- plumbing: nothing below is in the paper
+# Scores and labels, joined by file name
 
 
 def read_csv(path: Path, number: type) -> dict[str, float]:
@@ -125,30 +105,30 @@ def read_01(path: Path, names: list[str]) -> np.ndarray:
     return np.array([table[name] for name in names], bool)
 
 
-def labels_of(machine: str, names: list[str], data: Path) -> tuple[np.ndarray, np.ndarray]:
+def labels_of(machine: str, names: list[str], root: Path) -> tuple[np.ndarray, np.ndarray]:
     """(is_anomaly, is_target) of the test clips; a clip without a domain counts as source."""
-    clips = [parse_clip(Path(machine, "test", name)) for name in names]
+    clips = [data.parse_clip(Path(machine, "test", name)) for name in names]
     is_target = np.array([clip.domain == "target" for clip in clips])
     if all(clip.is_anomaly is not None for clip in clips):
         return np.array([clip.is_anomaly for clip in clips]), is_target
-    own = data / machine / "labels.csv"
+    own = root / machine / "labels.csv"
     if own.exists():
         return read_01(own, names), is_target
-    if machine in EVAL:
+    if machine in data.EVAL:
         file = f"ground_truth_{machine}_section_00_test.csv"
-        paths = [data / "ground_truth" / f"ground_truth_{kind}" / file for kind in ("data", "domain")]
+        paths = [root / "ground_truth" / f"ground_truth_{kind}" / file for kind in ("data", "domain")]
         if not all(path.exists() for path in paths):
-            raise ValueError(f"{paths[0]} is missing; `python data.py --machine {machine} --data {data}` fetches it")
+            raise ValueError(f"{paths[0]} is missing; `python data.py --machine {machine} --data {root}` fetches it")
         return read_01(paths[0], names), read_01(paths[1], names)
     raise ValueError(
         f"the names of {machine}'s clips tell no labels; write them to {own}, a line `file,0` or `file,1` each"
     )
 
 
-def evaluate_machine(machine: str, run: Path, data: Path | None = None) -> dict:
+def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> dict:
     """One row of metrics.csv: what was evaluated, how it was scored, and the figures.
 
-    data  where labels are that the names do not tell; None: where the clips were that score.py scored
+    root  where labels are that the names do not tell; None: where the clips were that score.py scored
     FileNotFoundError: no scores. ValueError: wrong rows in one of the files, or no labels.
     """
     path = run / f"anomaly_score_{machine}_section_00_test.csv"
@@ -156,18 +136,18 @@ def evaluate_machine(machine: str, run: Path, data: Path | None = None) -> dict:
         raise FileNotFoundError(f"{path} is missing; run score.py --machine {machine} --run {run} first")
     scores = read_csv(path, float)
     names = list(scores)
-    how = read_json(run / f"scoring_{machine}.json")
-    is_anomaly, is_target = labels_of(machine, names, data or Path(how.get("data", "data")))
+    how = data.read_json(run / f"scoring_{machine}.json")
+    is_anomaly, is_target = labels_of(machine, names, root or Path(how.get("data", "data")))
     decisions = run / f"decision_result_{machine}_section_00_test.csv"
     decided = read_01(decisions, names) if decisions.exists() else None
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decided)
-    row = {"run": str(run), "seed": read_json(run / "args.json").get("args", {}).get("seed", ""), "machine": machine}
+    row = {"run": str(run), "seed": data.read_json(run / "args.json").get("args", {}).get("seed", ""), "machine": machine}
     row |= {"set": set_of(machine)} | {key: how.get(key, "") for key in ("model", "normalize", "k", "smote")}
     return row | metrics | {"harmonic_mean": official_score([metrics])}
 
 
 def set_of(machine: str) -> str:
-    return "dev" if machine in DEV else "eval" if machine in EVAL else "own"
+    return "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
 
 
 # ---------------------------------------------------------------- tables
@@ -175,7 +155,7 @@ def set_of(machine: str) -> str:
 
 def setting_of(run: Path, rows: list[dict]) -> str:
     """Two runs with the same setting are trials of one thing: all arguments equal but the seed, scored alike."""
-    record = read_json(run / "args.json")
+    record = data.read_json(run / "args.json")
     args = record.get("args", {"run": str(run)})  # without args.json, a setting of its own
     irrelevant = ("seed", "run", "data", "weights", "workers", "device") if "seed" in args else ()
     args = {key: value for key, value in args.items() if key not in irrelevant}
@@ -239,61 +219,48 @@ def ablation(settings: list[list[list[dict]]]) -> str:
     return "\n".join(lines)
 
 
-def published() -> str:
-    lines = ["### reported by others, %: not computed here", "", "| system | dev | eval | source |"]
-    lines += ["| --- | ---: | ---: | --- |"]
-    lines += [f"| {name} | {dev or '-'} | {ev or '-'} | {source} |" for name, dev, ev, source in PUBLISHED]
-    return "\n".join(lines)
-
-
 def write_metrics(run: Path, rows: list[dict]) -> None:
     """The same as the tables, a row a machine; official_score is that of the row's set."""
     totals = {which: official_score([row for row in rows if row["set"] == which]) for which in {r["set"] for r in rows}}
     rows = [row | {"official_score": totals[row["set"]]} for row in rows]
     values = [["" if isinstance(v, float) and math.isnan(v) else v for v in row.values()] for row in rows]
-    write_csv(run / "metrics.csv", [list(rows[0]), *values])
+    data.write_csv(run / "metrics.csv", [list(rows[0]), *values])
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="evaluate.py",
-        usage=argparse.SUPPRESS,
-        allow_abbrev=False,
-        description="Print the official metric of scored machines: python evaluate.py --machine fan",
-    )
+    about = """Print the official metric of scored machines, and write metrics.csv into the run folder.
+
+  python evaluate.py --machine fan
+  python evaluate.py --machine all --run runs/lora-seed0 runs/lora-seed1     mean ± standard deviation"""
+    parser = argparse.ArgumentParser("evaluate.py", argparse.SUPPRESS, about, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    # fmt: off
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--data", help="holds ground_truth/ or <machine>/labels.csv, where names tell no labels (where it was scored)")
-    add("--run", nargs="+", help="run folders; those that differ only in the seed are averaged (runs/<names>)")
-    add("--demo", action="store_true", help="the made-up machines of train.py --demo")
+    add("--run", nargs="+", metavar="DIR", help="run folders; those that differ only in the seed are averaged (runs/<names>)")  # noqa: E501
+    add("--data", metavar="DIR", help="holds ground_truth/ or <machine>/labels.csv, where names tell no labels (the scored clips')")  # noqa: E501
+    # fmt: on
     args = parser.parse_args(argv)
-    try:
-        machines = machine_names(args.machine)
-        runs = [Path(run) for run in args.run or [default_run(args.machine, args.demo)]]
+    with data.one_line_errors(parser):
+        machines = data.machine_names(args.machine)
+        runs = [Path(run) for run in args.run or [data.default_run(args.machine)]]
         if len({run.resolve() for run in runs}) < len(runs):
             raise ValueError("--run names a folder twice")
-        settings = {}
+        settings = {}  # what a run's result depends on, but for its seed -> its trials, the rows of each
         for run in runs:
             rows = [evaluate_machine(machine, run, Path(args.data) if args.data else None) for machine in machines]
             trials = settings.setdefault(setting_of(run, rows), [])
             if any(trial[0]["seed"] == rows[0]["seed"] for trial in trials):
                 raise ValueError(f"{run} has the setting and the seed of another --run; trials need seeds of their own")
             trials.append(rows)
-        trials = [trial for group in settings.values() for trial in group]
-        for rows in trials:
+        for rows in (rows for trials in settings.values() for rows in trials):
             write_metrics(Path(rows[0]["run"]), rows)
-    except (ValueError, OSError) as error:
-        parser.error(str(error))
-    sets = list(dict.fromkeys(row["set"] for row in trials[0]))
     if len(settings) > 1:
-        print(ablation(list(settings.values())), end="\n\n")
-    else:
-        for which in sets:
-            print(table(which, [[row for row in trial if row["set"] == which] for trial in trials]), end="\n\n")
-    if args.demo:
-        print("demo: made-up sounds and a tiny AST with random weights; these figures say nothing about the method")
-    elif sets != ["own"]:
-        print(published())
+        print(ablation(list(settings.values())))
+        return
+    trials = settings.popitem()[1]
+    for name in dict.fromkeys(row["set"] for row in trials[0]):
+        print(table(name, [[row for row in trial if row["set"] == name] for trial in trials]), end="\n\n")
 
 
 if __name__ == "__main__":

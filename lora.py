@@ -64,9 +64,8 @@ class LoRALinear(nn.Module):
         return layer
 
 
-def add_lora(
-    model: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float = 0.0, layers: list[int] | None = None
-) -> None:
+def add_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float = 0.0,
+             layers: list[int] | None = None) -> None:  # fmt: skip
     """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place.
 
     targets  names of the layers inside a block: any of q k v proj fc1 fc2 for the AST
@@ -76,26 +75,25 @@ def add_lora(
     wrapped already; nothing has been changed then.
     """
     depth = len(model.blocks)
-    layers = list(range(depth)) if layers is None else layers
+    layers = range(depth) if layers is None else sorted(set(layers))
     if not layers or not targets:
         raise ValueError("LoRA needs at least one layer and one target")
-    for index in layers:
-        if not 0 <= index < depth:
-            raise ValueError(f"LoRA layer {index} does not exist: this model has layers 0-{depth - 1}")
-
-    found = []  # (parent module, name of the child)
-    for index in sorted(set(layers)):
-        children = [(parent, name) for parent in model.blocks[index].modules() for name, _ in parent.named_children()]
-        for target in sorted(set(targets)):
-            matches = [(parent, name) for parent, name in children if name == target]
-            if any(isinstance(getattr(parent, name), LoRALinear) for parent, name in matches):
-                raise ValueError(f"layer {index} {target} has LoRA already: merge_lora first")
-            matches = [(parent, name) for parent, name in matches if isinstance(getattr(parent, name), nn.Linear)]
-            if not matches:
-                raise ValueError(f"LoRA target {target!r} names no linear layer of block {index}")
-            found += matches
-    for parent, name in found:
-        setattr(parent, name, LoRALinear(getattr(parent, name), rank, alpha, dropout))
+    if missing := [index for index in layers if not 0 <= index < depth]:
+        raise ValueError(f"LoRA layer {missing[0]} does not exist: this model has layers 0-{depth - 1}")
+    found = [
+        (parent, name, child)
+        for index in layers
+        for parent in model.blocks[index].modules()
+        for name, child in parent.named_children()
+        if name in targets and isinstance(child, nn.Linear | LoRALinear)
+    ]
+    if unknown := sorted(set(targets) - {name for _, name, _ in found}):
+        raise ValueError(f"LoRA target {unknown[0]!r} names no linear layer of a block")
+    if any(isinstance(child, LoRALinear) for _, _, child in found):
+        raise ValueError("these layers have LoRA already: merge_lora first")
+    adapted = [LoRALinear(child, rank, alpha, dropout) for _, _, child in found]
+    for (parent, name, _), layer in zip(found, adapted, strict=True):
+        setattr(parent, name, layer)
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -106,27 +104,24 @@ def merge_lora(model: nn.Module) -> None:
                 setattr(parent, name, child.merged())
 
 
-def lora_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """Only the adapters: {"blocks.0.attn.q.A": (rank, in), "blocks.0.attn.q.B": (out, rank), ...}."""
-    adapters = [(name, module) for name, module in model.named_modules() if isinstance(module, LoRALinear)]
-    return {f"{name}.{matrix}": getattr(module, matrix).detach() for name, module in adapters for matrix in "AB"}
+def trained_state(model: nn.Module) -> dict[str, Tensor]:
+    """What was trained is what requires a gradient: {"ast.blocks.0.attn.q.A": (rank, in), ...}, and nothing else."""
+    return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 @torch.no_grad()
-def load_lora_state_dict(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy adapters into a model that `add_lora` has prepared in the same way.
+def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
+    """Copy it into a model that was prepared in the same way.
 
-    ValueError: other layers or targets (the sets of names differ) or another rank or size (the shapes
-    differ); nothing has been changed then.
+    ValueError: other layers, targets or parts were trained (the names differ), or another rank or size (the
+    shapes differ); nothing has been changed then.
     """
-    own = lora_state_dict(model)
-    if own.keys() != state.keys():
-        missing, extra = sorted(own.keys() - state.keys()), sorted(state.keys() - own.keys())
-        raise ValueError(f"adapter of other layers or targets: it lacks {missing[:3]}, it should not have {extra[:3]}")
-    for name, tensor in own.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, the model needs {tuple(tensor.shape)}"
-            raise ValueError(f"adapter of another rank or model size: {name} is {shapes}")
+    own = trained_state(model)
+    if names := sorted(own.keys() ^ state.keys()):
+        raise ValueError(f"something else was trained: {len(names)} names differ, {names[0]} for one")
+    if names := [name for name in own if own[name].shape != state[name].shape]:
+        shapes = f"{tuple(state[names[0]].shape)}, not {tuple(own[names[0]].shape)}"
+        raise ValueError(f"another rank or size was trained: {names[0]} is {shapes}")
     for name, tensor in own.items():
         tensor.copy_(state[name])
 

@@ -23,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import backbone  # noqa: E402
 import data  # noqa: E402
+import demo  # noqa: E402
 import train  # noqa: E402
 
 REAL = Path(os.environ["ASD_REAL"]).resolve() if "ASD_REAL" in os.environ else None
@@ -45,10 +46,15 @@ def small(tmp_path, monkeypatch):
     return tmp_path
 
 
-def small_demo(*machines: str, n_train: int = 7, n_test: int = 1) -> None:
-    """The demo's machines in the `small` fixture's folder, with short clips and few of them."""
-    for machine in machines:
-        data.make_demo("data/demo", machine, n_train, n_test, seconds=1.0)
+FLAGS = ["--weights", "ast.pth", "--device", "cpu"]
+
+
+def small_machines(*names: str, n_train: int = 7, n_test: int = 1) -> None:
+    """In the `small` fixture's folder: machines of a few short made-up clips in data/, and a tiny random AST."""
+    for name in names:
+        demo.make_machine("data", name, n_train, n_test, seconds=1.0)
+    torch.manual_seed(0)
+    train.save(Path("ast.pth"), backbone.AST(dim=64, depth=2, heads=1).state_dict())
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -57,6 +63,7 @@ class Server(http.server.ThreadingHTTPServer):
     def __init__(self):
         self.files, self.requests = {}, []
         self.ignore_range, self.cut_at, self.delay = False, None, 0.0
+        self.refused_agents, self.answers = None, []  # answers: (status, headers) of the next requests
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -67,6 +74,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
         server, path = self.server, self.path.split("?")[0]
         wanted = self.headers.get("Range")
         server.requests.append((path, wanted))
+        agent = self.headers.get("User-Agent", "")
+        if server.refused_agents and (not agent or agent.lower().startswith(server.refused_agents)):
+            return self.send_error(403)
+        if server.answers:
+            status, headers = server.answers.pop(0)
+            self.send_response(status)
+            for name, value in {"Content-Length": "0", **headers}.items():
+                self.send_header(name, value)
+            return self.end_headers()
         if path not in server.files:
             return self.send_error(404)
         content, start = server.files[path], 0

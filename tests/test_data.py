@@ -19,7 +19,7 @@ import torch
 import torchaudio
 from conftest import REAL, ROOT, assert_equal_within, in_a_process, needs_cuda, needs_real, serve
 from scipy.io import wavfile
-from torchaudio.compliance.kaldi import fbank
+from torchaudio.compliance.kaldi import fbank, get_mel_banks
 
 import data
 from data import (
@@ -32,7 +32,6 @@ from data import (
     list_clips,
     log_mel,
     machine_names,
-    make_demo,
     normalise,
     parse_clip,
     read_wav,
@@ -311,6 +310,12 @@ def kaldi(wave: torch.Tensor) -> torch.Tensor:
                  num_mel_bins=128, dither=0.0, frame_shift=10)  # fmt: skip
 
 
+def test_mel_filters_equal_torchaudios_bit_for_bit():
+    theirs, _ = get_mel_banks(128, 512, 16000.0, 20.0, 0.0, 100.0, -500.0, 1.0)
+    ours = data.mel_filters(torch.device("cpu"))
+    assert torch.equal(ours[:256], theirs.T) and (ours[256] == 0).all()
+
+
 @pytest.mark.parametrize("n_samples", [400, 401, 559, 560, 12345, 160000, 164079, 164080, 164081])
 def test_log_mel_equals_torchaudio_bit_for_bit(n_samples):
     torch.manual_seed(n_samples)
@@ -430,7 +435,7 @@ def test_pcm16_travels_as_int16(tmp_path):
     path = write_wav(tmp_path / "pump" / "train" / "x.wav", noise(16000))
     waves, _, _ = collate([Windows([parse_clip(path)])[0, 0]] * 2)
     assert waves.dtype == torch.int16
-    assert torch.equal(data._to_float(waves[0]), read_wav(path))
+    assert torch.equal(data.to_float(waves[0]), read_wav(path))
 
 
 # ---------------------------------------------------------------- SpecAug
@@ -491,40 +496,6 @@ def test_specaug_may_mask_everything_but_not_more():
     for masks in ((-1, 0), (0, 129), (1025, 0)):
         with pytest.raises(ValueError, match="SpecAug"):
             SpecAug(*masks)
-
-
-# ---------------------------------------------------------------- the demo's sounds
-
-
-def test_the_demo_is_in_dcase_layout_and_made_from_a_seed(tmp_path):
-    for root in ("one", "two"):
-        make_demo(tmp_path / root, "fan", n_train=14, n_test=3, seconds=1)
-    train, test = (list_clips(tmp_path / "one", "fan", split) for split in ("train", "test"))
-    assert [sum(clip.domain == domain for clip in train) for domain in ("source", "target")] == [11, 3]
-    assert len(test) == 12 and {(c.domain, c.is_anomaly) for c in test} == {
-        (domain, label) for domain in ("source", "target") for label in (True, False)
-    }
-    assert {clip.attributes for clip in train} == {"spd_1", "spd_2", "spd_3", "spd_4"}
-    for clip in train + test:
-        assert clip.path.read_bytes() == (tmp_path / "two" / clip.path.relative_to(tmp_path / "one")).read_bytes()
-        rate, samples = wavfile.read(clip.path)
-        assert rate == 16000 and samples.dtype == np.int16 and samples.std() > 500
-    make_demo(tmp_path / "one", "valve", n_train=7, n_test=1, seconds=1)
-    valve = list_clips(tmp_path / "one", "valve", "train")[0].path.read_bytes()
-    assert valve != train[0].path.read_bytes()
-
-
-def test_demo_faults_are_a_changed_harmonic_knocks_and_noise():
-    wave = {
-        fault: data._demo_wave(np.random.default_rng(3), 2.0, 50, False, fault).astype(float)
-        for fault in (None, 0, 1, 2)
-    }
-    spectrum = {fault: np.abs(np.fft.rfft(w / w.std())) for fault, w in wave.items()}
-    fifth, high = slice(470, 530), slice(8000, 16000)  # bins of 0.5 Hz: around 250 Hz; 4 to 8 kHz
-    crest = {fault: np.abs(w).max() / w.std() for fault, w in wave.items()}
-    assert spectrum[0][fifth].max() > 2 * spectrum[None][fifth].max()
-    assert crest[1] > 1.5 * crest[None]
-    assert spectrum[2][high].mean() > 1.5 * spectrum[None][high].mean()
 
 
 # ---------------------------------------------------------------- writing and fetching
@@ -601,16 +572,82 @@ def test_there_is_an_archive_with_a_checksum_for_every_machine():
     assert {name for archives in data.ARCHIVES.values() for _, name, _ in archives} == set(data.ARCHIVE_MD5)
 
 
-def test_a_broken_download_goes_on_where_it_stopped(server, monkeypatch, tmp_path):
+def test_a_broken_download_continues_where_it_stopped(server, monkeypatch, tmp_path):
     serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
     server.cut_at = 100
-    with pytest.raises(OSError, match=f"broke at 100 of {len(FAN_ZIP):,} bytes.*the same command goes on"):
+    with pytest.raises(OSError, match=f"broke at 100 of {len(FAN_ZIP):,} bytes.*repeat the command to continue"):
         data.fetch("fan", tmp_path)
     assert tree(tmp_path) == ["dev_fan.zip.part"]
     server.cut_at = None
     data.fetch("fan", tmp_path)
     assert [wanted for _, wanted in server.requests] == [None, "bytes=100-"]
     assert len(tree(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("agent", ["Python-urllib/3.11", "python-requests/2.32", "curl/8.5", "Wget/1.21", ""])
+def test_the_server_that_refuses_library_agents_serves_ours(server, monkeypatch, tmp_path, agent):
+    """As the data host has done since January 2026; the same server refuses these agents."""
+    serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
+    server.refused_agents = ("python-urllib", "python-requests", "curl", "wget")
+    with monkeypatch.context() as patch:
+        patch.setattr(data, "AGENT", agent)
+        with pytest.raises(OSError, match=r"the server refuses http.*\(403 Forbidden\): open http"):
+            data.fetch("fan", tmp_path)
+    data.fetch("fan", tmp_path)
+    assert len(tree(tmp_path)) == 3
+
+
+@pytest.mark.parametrize("status", [401, 403, 404, 410, 451])
+def test_a_4xx_is_final_and_says_what_to_put_where(server, tmp_path, status, capsys):
+    server.answers = [(status, {})]
+    with pytest.raises(SystemExit) as stop:
+        data.main(["--machine", "fan", "--data", str(tmp_path)])
+    line = capsys.readouterr().err.splitlines()[-1]
+    url = f"{data.ZENODO}/7882613/files/dev_fan.zip?download=1"
+    assert stop.value.code == 2 and f"the server refuses {url} ({status} " in line and "continue" not in line
+    assert f"open {url} in a browser and put the file at {tmp_path}/dev_fan.zip; `python tests/demo.py`" in line
+    assert len(server.requests) == 1 and tree(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("answers", "waits"),
+    [
+        ([(429, {"Retry-After": "7"})], [7]),
+        ([(503, {"Retry-After": "600"}), (500, {})], [60, 5]),
+        ([(502, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})], [60]),
+    ],
+)
+def test_a_busy_server_is_asked_again_after_the_time_it_names(server, monkeypatch, tmp_path, answers, waits, capsys):
+    serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
+    server.answers, slept = list(answers), []
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: slept.append(seconds) if seconds else None)
+    data.fetch("fan", tmp_path)
+    assert slept == waits and len(tree(tmp_path)) == 3
+    assert f"the server answers {answers[0][0]}" in (err := capsys.readouterr().err)
+    assert f"trying again in {waits[0]} s" in err
+
+
+def test_a_server_that_stays_busy_is_given_up_after_three_tries(server, monkeypatch, tmp_path):
+    server.answers = [(503, {})] * 3
+    monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
+    with pytest.raises(OSError, match="the server refuses .*503 Service Unavailable"):
+        data.fetch("fan", tmp_path)
+    assert len(server.requests) == 3
+
+
+def test_a_web_page_in_place_of_a_file_is_called_that(server, tmp_path):
+    page = b"\n<!DOCTYPE html><html>Blocked</html>"
+    server.files["/zenodo/7882613/files/dev_fan.zip"] = page
+    with pytest.raises(ValueError, match="what came from http.* is a web page: try again, or open"):
+        data.fetch("fan", tmp_path)
+    server.files["/truth/x.csv"] = page
+    with pytest.raises(ValueError, match="is a web page"):
+        data.download(f"{data.GROUND_TRUTH}/x.csv", tmp_path / "x.csv")
+    assert tree(tmp_path) == []
+    (tmp_path / "dev_fan.zip").write_bytes(page)
+    with pytest.raises(ValueError, match=r"dev_fan\.zip is a web page; delete it, or replace it by what a browser"):
+        data.fetch("fan", tmp_path)
+    assert tree(tmp_path) == ["dev_fan.zip"], "what was put there by hand is not ours to delete"
 
 
 def test_a_server_that_ignores_range_starts_over(server, monkeypatch, tmp_path):
@@ -630,6 +667,9 @@ def test_a_download_killed_after_its_last_byte_is_complete(server, monkeypatch, 
 
 def test_an_archive_put_there_by_hand_is_used(server, monkeypatch, tmp_path):
     serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
+    (tmp_path / "dev_fan.zip").write_bytes(FAN_ZIP + b"x")
+    with pytest.raises(ValueError, match=r"dev_fan\.zip has not the MD5 checksum .*; delete it, or replace it"):
+        data.fetch("fan", tmp_path)
     (tmp_path / "dev_fan.zip").write_bytes(FAN_ZIP)
     data.fetch("fan", tmp_path)
     assert server.requests == [] and len(tree(tmp_path)) == 3
@@ -650,7 +690,7 @@ def test_ctrl_c_while_unpacking_keeps_the_archive(server, monkeypatch, tmp_path)
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(server, tmp_path):
     server.files["/zenodo/7882613/files/dev_fan.zip"] = FAN_ZIP
-    with pytest.raises(ValueError, match="has not the md5 checksum 9348591e96fb0ad499a1e33b082562fc; deleted"):
+    with pytest.raises(ValueError, match="has not the MD5 checksum 9348591e96fb0ad499a1e33b082562fc: try again"):
         data.fetch("fan", tmp_path)
     assert tree(tmp_path) == []
 
@@ -658,41 +698,52 @@ def test_a_wrong_checksum_is_refused_and_leaves_nothing(server, tmp_path):
 def link(name: str) -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
-        file.writestr("fan/train/a.wav", b"x")
+        for folder in ("train", "test"):
+            file.writestr(f"fan/{folder}/a.wav", b"x")
         info = zipfile.ZipInfo(name)
         info.external_attr = 0o120777 << 16
         file.writestr(info, "/etc/passwd")
     return buffer.getvalue()
 
 
+WHOLE = ("fan/train/a.wav", "fan/test/a.wav")
+
+
+@pytest.mark.parametrize(
+    ("content", "more"),
+    [
+        (zip_of(*WHOLE, "README.md", "__MACOSX/fan/._a.wav", "valve/train/a.wav"), []),
+        (zip_of(*WHOLE, "../evil.wav", "/tmp/evil.wav", "C:\\evil.wav"), []),
+        (zip_of(*WHOLE, "fan/../../evil.wav"), ["fan/evil.wav"]),
+        (link("fan/train/link.wav"), ["fan/train/link.wav"]),
+    ],
+)
+def test_only_what_lies_below_the_machine_is_taken_and_stays_inside_the_data(server, monkeypatch, tmp_path, content, more):
+    serve(server, monkeypatch, 7882613, "dev_fan", content)
+    data.fetch("fan", tmp_path / "a" / "b")
+    assert tree(tmp_path) == sorted(f"a/b/{name}" for name in (*WHOLE, *more))
+    assert not any(path.is_symlink() for path in tmp_path.rglob("*"))
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (zip_of("fan/train/a.wav", "../evil.wav"), "'../evil.wav', which is not a file of fan/"),
-        (zip_of("fan/train/a.wav", "fan/../../evil.wav"), "not a file of fan/"),
-        (zip_of("fan/train/a.wav", "/tmp/evil.wav"), "not a file of fan/"),
-        (zip_of("fan/train/a.wav", "valve/train/a.wav"), "not a file of fan/"),
-        (zip_of("fan/train/a.wav", "C:\\evil.wav"), "not a file of fan/"),
-        (link("fan/train/link.wav"), "not a file of fan/"),
-        (zip_of("fan/train/a.wav"), "no folder fan/test"),
+        (zip_of("fan/train/a.wav"), "has no folder fan/test"),
         (FAN_ZIP[:-30], "cannot be unpacked"),
         (FAN_ZIP[:200] + bytes([FAN_ZIP[200] ^ 1]) + FAN_ZIP[201:], "cannot be unpacked"),
-        (b"<html>", "cannot be unpacked"),
+        (b"PK no zip file", "cannot be unpacked"),
     ],
 )
-def test_a_hostile_or_damaged_archive_writes_nothing(server, monkeypatch, tmp_path, content, message):
-    """Even with a checksum that fits; zipfile itself would clean such names, and write links as files."""
+def test_a_damaged_archive_leaves_no_folder(server, monkeypatch, tmp_path, content, message):
     serve(server, monkeypatch, 7882613, "dev_fan", content)
-    root = tmp_path / "a" / "b"
-    root.mkdir(parents=True)
     with pytest.raises(ValueError, match=message):
-        data.fetch("fan", root)
-    assert tree(tmp_path) == []
+        data.fetch("fan", tmp_path)
+    assert tree(tmp_path) == ["dev_fan.zip"]
 
 
 def test_no_network_says_what_to_put_where(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "ZENODO", "http://127.0.0.1:9/zenodo")
-    with pytest.raises(OSError, match=r"cannot fetch http.*put the file at .*dev_fan\.zip yourself; --demo needs no"):
+    with pytest.raises(OSError, match=r"cannot fetch http.*put the file at .*dev_fan\.zip; `python tests/demo\.py` needs no"):
         data.fetch("fan", tmp_path)
 
 

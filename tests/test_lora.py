@@ -8,7 +8,7 @@ from conftest import assert_equal_within
 from torch import nn
 
 from backbone import AST
-from lora import LoRALinear, add_lora, count_parameters, load_lora_state_dict, lora_state_dict, merge_lora
+from lora import LoRALinear, add_lora, count_parameters, load_trained_state, merge_lora, trained_state
 
 
 def adapted_layer(rank=4, alpha=6.0, dropout=0.0, bias=True, dtype=torch.float32) -> LoRALinear:
@@ -158,7 +158,7 @@ def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
 def test_wrapping_twice_is_refused():
     ast = small_ast()
     add_lora(ast, ["q"], rank=2, alpha=2)
-    with pytest.raises(ValueError, match="layer 0 q has LoRA already"):
+    with pytest.raises(ValueError, match="have LoRA already: merge_lora first"):
         add_lora(ast, ["q", "v"], rank=2, alpha=2)
     assert all(name.endswith(".q") for name in wrapped(ast))
 
@@ -181,33 +181,35 @@ def test_a_merged_model_computes_the_same_without_any_adapter():
     assert wrapped(ast) == [] and (unmerged - base).abs().max() > 1e-2
 
 
-def test_adapters_survive_a_round_trip():
+def test_what_was_trained_survives_a_round_trip():
     ast, other = small_ast(), small_ast()
     for model in (ast, other):
         add_lora(model, ["q", "v"], rank=4, alpha=2)
     randomise(ast)
-    load_lora_state_dict(other, lora_state_dict(ast))
-    assert all(torch.equal(lora_state_dict(other)[name], tensor) for name, tensor in lora_state_dict(ast).items())
+    state = trained_state(ast)
+    assert set(state) == {f"{name}.{matrix}" for name in wrapped(ast) for matrix in "AB"}
+    load_trained_state(other, {name: tensor.clone() for name, tensor in state.items()})
+    assert all(torch.equal(trained_state(other)[name], tensor) for name, tensor in state.items())
 
 
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"rank": 2}, "another rank"),
-        ({"targets": ["q"]}, "other layers or targets"),
-        ({"targets": ["q", "k"]}, "other layers or targets"),
-        ({"layers": [1, 2]}, "other layers or targets"),
+        ({"rank": 2}, r"another rank or size was trained: blocks.0.attn.q.A is \(4, 64\), not \(2, 64\)"),
+        ({"targets": ["q"]}, "something else was trained: 6 names differ, blocks.0.attn.v.A for one"),
+        ({"targets": ["q", "k"]}, "something else was trained"),
+        ({"layers": [1, 2]}, "something else was trained"),
     ],
 )
-def test_an_adapter_of_another_shape_is_refused_and_changes_nothing(other, message):
+def test_what_was_trained_otherwise_is_refused_and_changes_nothing(other, message):
     arguments = {"targets": ["q", "v"], "rank": 4, "alpha": 2, "layers": None}
     ast, prepared = small_ast(), small_ast()
     add_lora(ast, **arguments)
     add_lora(prepared, **(arguments | other))
-    before = {name: tensor.clone() for name, tensor in lora_state_dict(prepared).items()}
+    before = {name: tensor.clone() for name, tensor in trained_state(prepared).items()}
     with pytest.raises(ValueError, match=message):
-        load_lora_state_dict(prepared, lora_state_dict(ast))
-    assert all(torch.equal(lora_state_dict(prepared)[name], tensor) for name, tensor in before.items())
+        load_trained_state(prepared, trained_state(ast))
+    assert all(torch.equal(trained_state(prepared)[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize(

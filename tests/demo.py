@@ -1,0 +1,223 @@
+"""The method in miniature, on made-up sounds: no download, no GPU, a minute and a half on two CPU cores.
+
+    python tests/demo.py                    # one machine: the AST as it is, then adapted with LoRA
+    python tests/demo.py --machine pump     # any name is a machine of its own
+    python tests/demo.py --all              # five machines x three seeds x four rows, half an hour
+
+Writes the sounds of a machine to data/demo/<name> in the challenge's layout, then runs the ordinary commands, each
+printed before it runs, with the tiny AST that tests/pretrain.py has pre-trained on other made-up sounds. What the
+figures show is that adapting a pre-trained model to normal sounds helps to find faults; they are no figures of
+DCASE, and this is not the AudioSet AST.
+"""
+
+import argparse
+import contextlib
+import csv
+import io
+import os
+import shlex
+import sys
+import time
+import zlib
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.io import wavfile
+from tqdm import tqdm
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
+
+import data  # noqa: E402
+import evaluate  # noqa: E402
+import score  # noqa: E402
+import train  # noqa: E402
+
+# ---------------------------------------------------------------- sounds
+
+HARMONICS = 24
+FAULTS = ["harmonics", "knocks", "modulation", "pitch"]
+
+
+class Sound(NamedTuple):
+    """What a machine sounds like, and what lies between it and the recording."""
+
+    pitch: float  # Hz
+    harmonics: np.ndarray  # dB, (24,)
+    modulation: tuple[float, float]  # of the loudness: Hz, depth
+    knocks: tuple[float, float]  # a second, strength against the hum
+    noise: tuple[float, float]  # of the background: dB an octave, dB against the hum
+    microphone: np.ndarray  # dB at 31 Hz, 63 Hz, ... 8 kHz, (9,)
+    level: float  # dB
+
+
+def synthesise(random: np.random.Generator, sound: Sound, seconds: float) -> np.ndarray:
+    """One recording, float64 (n_samples,)."""
+    n = int(seconds * data.SAMPLE_RATE)
+    t = np.arange(n) / data.SAMPLE_RATE
+    order = np.arange(1, HARMONICS + 1)
+    audible = order * sound.pitch < 0.45 * data.SAMPLE_RATE
+    spectrum = np.zeros(2049, complex)
+    phases = np.exp(2j * np.pi * random.random(HARMONICS))
+    spectrum[order] = audible * 10 ** (sound.harmonics / 20) * phases
+    period = np.fft.irfft(spectrum)  # one turn of the machine, 4096 points
+    period /= period.std()
+    wobble = 0.002 * np.sin(2 * np.pi * random.uniform(0.3, 1.0) * t + random.uniform(0, 6)) / (2 * np.pi * 0.6)
+    position = sound.pitch * (t + wobble) % 1 * 4096
+    i = position.astype(int)
+    wave = period[i] + (position - i) * (np.roll(period, -1)[i] - period[i])
+    rate, depth = sound.modulation
+    wave *= 1 + depth * np.sin(2 * np.pi * rate * t + random.uniform(0, 6))
+
+    rate, strength = sound.knocks
+    if rate and strength:
+        k = np.arange(1200)
+        for at in np.arange(random.uniform(0, 1 / rate), seconds, 1 / rate):
+            at = int((at + random.normal(0, 0.003)) * data.SAMPLE_RATE)
+            if 0 <= at < n:
+                ring = np.exp(-k / 200) * np.sin(2 * np.pi * 2200 * k / data.SAMPLE_RATE)
+                wave[at : at + 1200] += (ring * strength * random.uniform(0.7, 1.3))[: n - at]
+
+    frequency = np.fft.rfftfreq(n, 1 / data.SAMPLE_RATE)
+    slope, level = sound.noise
+    shape = (np.maximum(frequency, 50) / 1000) ** (slope / 6.02)
+    noise = np.fft.irfft(shape * (random.normal(size=len(shape)) + 1j * random.normal(size=len(shape))), n)
+    noise *= 10 ** (level / 20) / noise.std()
+    octave = np.log2(np.maximum(frequency, 31.25) / 31.25)  # 0 .. 8
+    microphone = 10 ** (np.interp(octave, np.arange(9), sound.microphone) / 20)
+    wave = np.fft.irfft(np.fft.rfft(wave + noise) * microphone, n)
+    return wave / wave.std() * 0.05 * 10 ** (sound.level / 20)
+
+
+def any_sound(random: np.random.Generator) -> Sound:
+    """What tests/pretrain.py pre-trains on: any machine, background and microphone."""
+    return Sound(
+        pitch=float(np.exp(random.uniform(np.log(40), np.log(400)))),
+        harmonics=-random.uniform(2, 8) * np.log2(np.arange(1, 25)) + random.normal(0, 6, 24),
+        modulation=(
+            float(np.exp(random.uniform(np.log(0.8), np.log(12)))),
+            float(random.choice([0, random.uniform(0.1, 0.8)])),
+        ),
+        knocks=(random.uniform(2, 9), float(random.choice([0, random.uniform(0.3, 3)]))),
+        noise=(random.uniform(-6, 3), random.uniform(-25, 5)),
+        microphone=np.cumsum(random.normal(0, 2, 9)),
+        level=random.uniform(-10, 10),
+    )
+
+
+def make_machine(root: str | Path, name: str, n_train: int = 96, n_test: int = 24, seconds: float = 10.0) -> None:
+    """Write a made-up machine to root/name in DCASE layout, unless it is there; a machine of its own for each name.
+
+    n_train  training clips, of which the last sixteenth, at least three, are of the target domain
+    n_test   test clips per domain and label
+
+    Six operating states are its attributes. From clip to clip its speed, harmonics and loudness vary a little, the
+    background a lot; the target domain has another microphone and another background. Faults change the machine,
+    not the level: three harmonics, knocks, the loudness's modulation, or the pitch.
+    """
+    folder = Path(root) / name
+    if folder.is_dir():
+        return
+    random = np.random.default_rng(zlib.crc32(name.encode()))
+    machine = any_sound(random)._replace(pitch=float(np.exp(random.uniform(np.log(60), np.log(200)))))
+    states = {}
+    for speed in (1, 2, 3):
+        for load in "AB":
+            states[f"spd_{speed}_load_{load}"] = machine._replace(
+                pitch=machine.pitch * 1.15 ** (speed - 2),
+                harmonics=machine.harmonics + random.normal(0, 3, HARMONICS),
+                modulation=(machine.modulation[0] * 1.15 ** (speed - 2), 0.25),
+                knocks=(0.0, 0.0),
+            )
+    places = {domain: (random.normal(0, 3, 9), random.uniform(-4, 0)) for domain in ("source", "target")}
+    part = folder.with_name(f".{name}.part")
+
+    def write(split: str, domain: str, fault: str | None, index: int, state: str) -> None:
+        sound = recorded(random, states[state], *places[domain])
+        wave = synthesise(random, with_fault(random, sound, fault) if fault else sound, seconds)
+        label = "anomaly" if fault else "normal"
+        path = part / split / f"section_00_{domain}_{split}_{label}_{index:04d}_{state}.wav"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        samples = np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
+        wavfile.write(path, data.SAMPLE_RATE, samples)
+
+    names = list(states)
+    n_source = n_train - max(3, n_train // 16)
+    for i in range(n_train):
+        write("train", "source" if i < n_source else "target", None, i, names[i % 6])
+    for i in range(n_test):
+        for domain in ("source", "target"):
+            write("test", domain, None, i, names[i % 6])
+            write("test", domain, FAULTS[i % 4], i, names[(i + i // 12) % 6])
+    part.rename(folder)
+
+
+def recorded(random: np.random.Generator, sound: Sound, microphone: np.ndarray, slope: float) -> Sound:
+    """Normal variation: what differs between two recordings of the same state at the same place."""
+    return sound._replace(
+        pitch=sound.pitch * random.normal(1, 0.004),
+        harmonics=sound.harmonics + random.normal(0, 1, HARMONICS),
+        modulation=(sound.modulation[0] * random.normal(1, 0.03), sound.modulation[1] * random.uniform(0.7, 1.3)),
+        noise=(slope + random.normal(0, 1.5), random.uniform(-15, 3)),
+        microphone=microphone + random.normal(0, 1, 9),
+        level=random.uniform(-4, 4),
+    )
+
+
+def with_fault(random: np.random.Generator, sound: Sound, fault: str) -> Sound:
+    if fault == "harmonics":
+        change = np.zeros(HARMONICS)
+        change[random.choice(np.arange(1, 10), 3, replace=False)] = random.choice([-9, 9], 3)
+        return sound._replace(harmonics=sound.harmonics + change)
+    if fault == "knocks":
+        return sound._replace(knocks=(random.uniform(3, 6), random.uniform(0.8, 1.6)))
+    if fault == "modulation":
+        rate = sound.modulation[0] * random.choice([0.5, 2])
+        return sound._replace(modulation=(rate, random.uniform(0.5, 0.7)))
+    return sound._replace(pitch=sound.pitch * random.choice([0.95, 1.05]))
+
+
+# ---------------------------------------------------------------- commands
+
+WEIGHTS = ROOT / "tests" / "tiny_ast.pth"
+ROWS = {  # row of the table -> the flags of its command
+    "as it is": "--pretrained",
+    "frozen": "--tuning frozen",
+    "full": "--tuning full --ast-lr 1e-4",
+    "LoRA": "--tuning lora --rank 8",
+}
+TRAINING = "--epochs 8 --batch-size 8 --lr 1e-3"  # the same in every row
+MACHINES = ["mill", "pump", "lathe", "winder", "press"]  # of --all
+SEEDS = [0, 1, 2]
+
+
+def command(script, line: str) -> None:
+    print(f"\n$ python {script.__name__}.py {line}", flush=True)
+    script.main(shlex.split(line))
+
+
+def official_score(machine: str, row: str, seed: int = 0) -> dict[str, float]:
+    """Train, score and evaluate one row of the table by the ordinary commands; -> its line of metrics.csv."""
+    run = f"runs/demo-{machine}-{row.replace(' ', '-').lower()}" + f"-seed{seed}" * (row != "as it is")
+    places = f"--machine {machine} --run {run} --data data/demo"
+    more = f"--weights {shlex.quote(os.path.relpath(WEIGHTS))} --device cpu"
+    if row == "as it is":
+        command(score, f"{places} {more} {ROWS[row]}")
+    else:
+        command(train, f"{places} {more} {ROWS[row]} {TRAINING} --seed {seed} --overwrite")
+        command(score, f"{places} --device cpu" + " --plot" * (row == "LoRA" and HAVE_PLOT))
+    command(evaluate, places)
+    with open(f"{run}/metrics.csv", newline="") as file:
+        return {key: 100 * float(value) for key, value in next(csv.DictReader(file)).items() if "score" in key or "auc" in key}
+
+
+def one_machine(machine: str) -> None:
+    print(f"made-up sounds of a machine called {machine}: writing data/demo/{machine}")
+    make_machine("data/demo", machine)
+    rows = {row: official_score(machine, row) for row in ("as it is", "LoRA")}
+    print("made-up sounds and a tiny AST: these are no figures of DCASE\n")
+    print("| row | official score, % | AUC source | AUC target | pAUC |\n| --- | ---: | ---: | ---: | ---: |")
+    for row, figures in rows.items():
+        cells = (figures[key] for key in ("official_score", "auc_source", "auc_target", "pauc"))
+        print(f"| {row} | " + " | ".join(f"{value:.1f}" for value in cells) + " |")
