@@ -141,7 +141,11 @@ def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> dict:
     decisions = run / f"decision_result_{machine}_section_00_test.csv"
     decided = read_01(decisions, names) if decisions.exists() else None
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decided)
-    row = {"run": str(run), "seed": data.read_json(run / "args.json").get("args", {}).get("seed", ""), "machine": machine}
+    row = {
+        "run": str(run),
+        "seed": data.read_json(run / "args.json").get("args", {}).get("seed", ""),
+        "machine": machine,
+    }
     row |= {"set": set_of(machine)} | {key: how.get(key, "") for key in ("model", "normalize", "k", "smote")}
     return row | metrics | {"harmonic_mean": official_score([metrics])}
 

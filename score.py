@@ -23,6 +23,7 @@ them, nearest_*.csv (for each test clip the nearest training clip), embeddings_*
 """
 
 import argparse
+import importlib.util
 import json
 import shlex
 import sys
@@ -38,7 +39,7 @@ import backbone
 import data
 import train
 from backbone import Embedder, load_ast
-from data import Clip, list_clips, make_loader, spectrogram, window_starts
+from data import HOP, N_MELS, SAMPLE_RATE, Clip, list_clips, log_mel, make_loader, spectrogram, window_starts
 from lora import merge_lora
 
 DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end (k_ref_normalize)
@@ -256,8 +257,52 @@ def score_machine(machine: str, model: Embedder, model_id: str, new: dict, args:
         plot(run / f"{machine}.png", test_clips, scores, threshold, [train_clips[i] for i in neighbours])
 
 
-def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, nearest: list[Clip]) -> None:
-    raise NotImplementedError
+def decibels(clip: Clip) -> np.ndarray:
+    """Log-mel (T, 128) in dB."""
+    return 10 / np.log(10) * log_mel(data.read_wav(clip.path)[None])[0].numpy()
+
+
+def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, neighbours: list[Clip]) -> None:
+    """All scores, and for the three highest: the clip, its nearest training clip, and where it is louder."""
+    from matplotlib.figure import Figure  # optional: see requirements.txt
+
+    order = scores.argsort(kind="stable")
+    figure = Figure(figsize=(13, 3.4 + 2.5 * min(3, len(clips))), layout="constrained")
+    grid = figure.add_gridspec(1 + min(3, len(clips)), 3, height_ratios=[1.2] + [1] * min(3, len(clips)))
+    top = figure.add_subplot(grid[0, :])
+    if all(clip.is_anomaly is not None for clip in clips):
+        kinds = ["anomaly, by its name" if clip.is_anomaly else "normal, by its name" for clip in clips]
+    else:
+        kinds = [clip.domain or "test clip" for clip in clips]
+    for kind, colour in zip(sorted(set(kinds), reverse=True), ("tab:blue", "tab:red"), strict=False):
+        ranks = [rank for rank, i in enumerate(order) if kinds[i] == kind]
+        top.plot(ranks, scores[order[ranks]], "o", markersize=4, color=colour, label=f"{kind} ({len(ranks)})")
+    top.axhline(threshold, color="black", linestyle="--", label="threshold: what lies above is reported as anomalous")
+    top.set(title=f"{clips[0].machine}: anomaly scores of {len(clips)} test clips, lowest to highest",
+            xlabel="rank", ylabel="score: distance to normal")  # fmt: skip
+    top.legend(loc="upper left")
+    hz = np.array([250, 500, 1000, 2000, 4000, 7500])
+    low, high = (1127 * np.log(1 + f / 700) for f in (20, 8000))
+    bins = (1127 * np.log(1 + hz / 700) - low) / (high - low) * (N_MELS + 1) - 1
+    for row, i in enumerate(order[::-1][:3], 1):
+        clip, near = decibels(clips[i]), decibels(neighbours[i])
+        n = min(len(clip), len(near))
+        smooth = np.apply_along_axis(np.convolve, 0, clip[:n] - near[:n], np.full(50, 1 / 50), "same")
+        loud = {"vmin": np.percentile(near, 2), "vmax": max(clip.max(), near.max()), "cmap": "magma"}
+        for column, (x, title, scale) in enumerate((
+            (clip, f"no. {row}, score {scores[i]:.3g}\n{clips[i].path.name}", loud),
+            (near, f"nearest normal training clip\n{neighbours[i].path.name}", loud),
+            (smooth, "difference, over 0.5 s\nred: louder than normal, blue: quieter",
+             {"vmin": -12, "vmax": 12, "cmap": "RdBu_r"}),
+        )):  # fmt: skip
+            axes = figure.add_subplot(grid[row, column])
+            extent = (0, len(x) * HOP / SAMPLE_RATE, -0.5, N_MELS - 0.5)
+            image = axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, **scale)
+            axes.set_title(title, fontsize=8)
+            axes.set(yticks=bins, yticklabels=hz / 1000, xlabel="seconds", ylabel="kHz")
+            figure.colorbar(image, label="dB")
+    with data.whole_file(path) as file:
+        figure.savefig(file, format="png", dpi=80)
 
 
 # The command line
@@ -316,6 +361,8 @@ def main(argv: list[str] | None = None) -> None:
     args.workers = train.workers_for(args)
     with data.one_line_errors(parser, f"python score.py {shlex.join(argv)} continues with the next machine"):
         train.check_device(args.device)
+        if args.plot and not importlib.util.find_spec("matplotlib"):
+            raise ValueError("--plot needs matplotlib; pip install matplotlib")
         machines = data.machine_names(args.machine)
         model, model_id = load_model(args, machines)
         for split in ("train", "test"):

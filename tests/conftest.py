@@ -70,6 +70,9 @@ class Server(http.server.ThreadingHTTPServer):
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
+    def do_HEAD(self):
+        self.do_GET()
+
     def do_GET(self):
         server, path = self.server, self.path.split("?")[0]
         wanted = self.headers.get("Range")
@@ -93,7 +96,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(206 if start else 200)
         self.send_header("Content-Length", str(len(content) - start))
         self.end_headers()
-        body = content[start : server.cut_at]
+        body = b"" if self.command == "HEAD" else content[start : server.cut_at]
         try:
             for i in range(0, len(body), 1 << 14):
                 self.wfile.write(body[i : i + (1 << 14)])

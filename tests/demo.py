@@ -13,6 +13,7 @@ DCASE, and this is not the AudioSet AST.
 import argparse
 import contextlib
 import csv
+import importlib.util
 import io
 import os
 import shlex
@@ -24,7 +25,6 @@ from typing import NamedTuple
 
 import numpy as np
 from scipy.io import wavfile
-from tqdm import tqdm
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -193,31 +193,54 @@ SEEDS = [0, 1, 2]
 
 
 def command(script, line: str) -> None:
-    print(f"\n$ python {script.__name__}.py {line}", flush=True)
+    print(f"\n$ python {Path(script.__file__).name} {line}", flush=True)
     script.main(shlex.split(line))
 
 
-def official_score(machine: str, row: str, seed: int = 0) -> dict[str, float]:
-    """Train, score and evaluate one row of the table by the ordinary commands; -> its line of metrics.csv."""
-    run = f"runs/demo-{machine}-{row.replace(' ', '-').lower()}" + f"-seed{seed}" * (row != "as it is")
-    places = f"--machine {machine} --run {run} --data data/demo"
-    more = f"--weights {shlex.quote(os.path.relpath(WEIGHTS))} --device cpu"
+def figures_of(machine: str, row: str, seed: int = 0) -> dict[str, float]:
+    """Train, score and evaluate one row of the table by the ordinary commands; -> its figures, in per cent."""
+    run = Path("runs") / (f"demo-{machine}-{row.replace(' ', '-')}" + f"-seed{seed}" * (row != "as it is"))
+    places = f"--machine {shlex.quote(machine)} --run {shlex.quote(str(run))}"
+    here = f"--data data/demo --weights {shlex.quote(os.path.relpath(WEIGHTS))} --device cpu"
     if row == "as it is":
-        command(score, f"{places} {more} {ROWS[row]}")
+        command(score, f"{places} {ROWS[row]} {here}")
     else:
-        command(train, f"{places} {more} {ROWS[row]} {TRAINING} --seed {seed} --overwrite")
-        command(score, f"{places} --device cpu" + " --plot" * (row == "LoRA" and HAVE_PLOT))
+        command(train, f"{places} {ROWS[row]} {TRAINING} --seed {seed} {here} --overwrite")
+        command(score, f"{places} --device cpu" + " --plot" * (importlib.util.find_spec("matplotlib") is not None))
     command(evaluate, places)
-    with open(f"{run}/metrics.csv", newline="") as file:
-        return {key: 100 * float(value) for key, value in next(csv.DictReader(file)).items() if "score" in key or "auc" in key}
+    with open(run / "metrics.csv", newline="") as file:
+        line = next(csv.DictReader(file))
+    return {key: 100 * float(line[key]) for key in ("official_score", "auc_source", "auc_target", "pauc")}
 
 
-def one_machine(machine: str) -> None:
-    print(f"made-up sounds of a machine called {machine}: writing data/demo/{machine}")
-    make_machine("data/demo", machine)
-    rows = {row: official_score(machine, row) for row in ("as it is", "LoRA")}
-    print("made-up sounds and a tiny AST: these are no figures of DCASE\n")
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--machine", default="fan", help="the made-up machine's name (%(default)s)")
+    parser.add_argument("--all", action="store_true", help=f"{', '.join(MACHINES)}; seeds 0, 1, 2; four rows")
+    args = parser.parse_args(argv)
+    start = time.perf_counter()
+    machines = MACHINES if args.all else [args.machine]
+    for machine in machines:
+        print(f"made-up sounds of a machine called {machine}: data/demo/{machine}")
+        make_machine("data/demo", machine)
+    trials = {}  # row -> the figures of each machine and seed
+    jobs = [(row, machine, seed) for machine in machines for row in (ROWS if args.all else ("as it is", "LoRA"))
+            for seed in (SEEDS if args.all and row != "as it is" else [0])]  # fmt: skip
+    quiet = contextlib.ExitStack()
+    if args.all:
+        jobs = data.progress(jobs, "runs", len(jobs), "run")
+        quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
+        quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+    with quiet:
+        for row, machine, seed in jobs:
+            trials.setdefault(row, []).append(list(figures_of(machine, row, seed).values()))
+    print(f"\nMade-up sounds and a tiny AST: no figures of DCASE. {time.perf_counter() - start:.0f} s\n")
     print("| row | official score, % | AUC source | AUC target | pAUC |\n| --- | ---: | ---: | ---: | ---: |")
-    for row, figures in rows.items():
-        cells = (figures[key] for key in ("official_score", "auc_source", "auc_target", "pauc"))
-        print(f"| {row} | " + " | ".join(f"{value:.1f}" for value in cells) + " |")
+    for row in (row for row in ROWS if row in trials):
+        means = np.mean(trials[row], axis=0)
+        spread = [f" ± {value:.1f}" if args.all else "" for value in np.std(trials[row], axis=0, ddof=args.all)]
+        print(f"| {row} | " + " | ".join(f"{m:.1f}{s}" for m, s in zip(means, spread, strict=True)) + " |")
+
+
+if __name__ == "__main__":
+    main()

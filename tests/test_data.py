@@ -718,7 +718,9 @@ WHOLE = ("fan/train/a.wav", "fan/test/a.wav")
         (link("fan/train/link.wav"), ["fan/train/link.wav"]),
     ],
 )
-def test_only_what_lies_below_the_machine_is_taken_and_stays_inside_the_data(server, monkeypatch, tmp_path, content, more):
+def test_only_what_lies_below_the_machine_is_taken_and_stays_inside_the_data(
+    server, monkeypatch, tmp_path, content, more
+):
     serve(server, monkeypatch, 7882613, "dev_fan", content)
     data.fetch("fan", tmp_path / "a" / "b")
     assert tree(tmp_path) == sorted(f"a/b/{name}" for name in (*WHOLE, *more))
@@ -743,7 +745,9 @@ def test_a_damaged_archive_leaves_no_folder(server, monkeypatch, tmp_path, conte
 
 def test_no_network_says_what_to_put_where(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "ZENODO", "http://127.0.0.1:9/zenodo")
-    with pytest.raises(OSError, match=r"cannot fetch http.*put the file at .*dev_fan\.zip; `python tests/demo\.py` needs no"):
+    with pytest.raises(
+        OSError, match=r"cannot fetch http.*put the file at .*dev_fan\.zip; `python tests/demo\.py` needs no"
+    ):
         data.fetch("fan", tmp_path)
 
 

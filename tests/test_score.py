@@ -78,7 +78,9 @@ def test_too_few_clips_for_k_are_refused():
 
 def test_neighbours_equal_scikit_learns_over_many_chunks():
     rng = np.random.default_rng(0)
-    queries, bank = (F.normalize(torch.from_numpy(rng.normal(size=(n, 16)).astype(np.float32))).numpy() for n in (50, 2300))
+    queries, bank = (
+        F.normalize(torch.from_numpy(rng.normal(size=(n, 16)).astype(np.float32))).numpy() for n in (50, 2300)
+    )
     theirs = NearestNeighbors(n_neighbors=3, metric="cosine", algorithm="brute").fit(bank)
     np.testing.assert_allclose(nearest(queries, bank, 3), theirs.kneighbors(queries)[0].mean(axis=1), atol=1e-6)
     own = nearest(bank, bank, 3, own=all_but_itself(2300))
@@ -126,7 +128,9 @@ def test_density_divides_by_the_neighbours_own_distance():
         assert found == pytest.approx((np.array([d(query - a) for a in angles]) / rho).min(), rel=1e-4)
     expected = (between / rho + np.diag([np.inf] * 6)).min(axis=1)
     assert train_scores == pytest.approx(expected, rel=1e-4)
-    assert scores == pytest.approx(anomaly_scores(TRAIN, TEST, DOMAINS, 2, "density", 0)[0], rel=9)  # k is another number
+    assert scores == pytest.approx(
+        anomaly_scores(TRAIN, TEST, DOMAINS, 2, "density", 0)[0], rel=9
+    )  # k is another number
     assert score.DENSITY_K == 4
 
 
@@ -218,14 +222,23 @@ def own_run(tmp_path_factory):
     """A trained run of one machine with 6, 10 and 12 s clips in both domains, and plain embeddings of its clips."""
     folder = tmp_path_factory.mktemp("scored")
     rng = np.random.default_rng(0)
-    for split, domain, count in (("train", "source", 12), ("train", "target", 6), ("test", "source", 3), ("test", "target", 3)):
+    for split, domain, count in (
+        ("train", "source", 12),
+        ("train", "target", 6),
+        ("test", "source", 3),
+        ("test", "target", 3),
+    ):
         (folder / "data" / "fan" / split).mkdir(parents=True, exist_ok=True)
         for i in range(count):
             t = np.arange((6, 10, 12)[i % 3] * 16000) / 16000
-            hum = np.sin(2 * np.pi * rng.uniform(100, 300) * t) * (1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.05, 3) * t))
+            hum = np.sin(2 * np.pi * rng.uniform(100, 300) * t) * (
+                1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.05, 3) * t)
+            )
             wave = 0.1 * hum + rng.uniform(0.005, 0.05) * rng.normal(size=len(t)) * np.linspace(0.2, 1, len(t))
             name = f"section_00_{domain}_{split}_normal_{i:04}_spd_{i % 2}.wav"
-            wavfile.write(folder / "data" / "fan" / split / name, 16000, (32767 * np.clip(wave, -1, 1)).astype(np.int16))
+            wavfile.write(
+                folder / "data" / "fan" / split / name, 16000, (32767 * np.clip(wave, -1, 1)).astype(np.int16)
+            )
     torch.manual_seed(1)
     ast = train.backbone.AST(dim=64, depth=2, heads=1)
     for name, parameter in ast.named_parameters():

@@ -235,7 +235,9 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 
 def test_training_learns_to_tell_the_classes_apart(small):
     small_machines("fan", "valve", n_train=12)
-    log = log_of(run("--machine", "fan", "valve", "--epochs", "16", "--time-mask", "0", "--freq-mask", "0", "--run", "runs/fan"))
+    log = log_of(
+        run("--machine", "fan", "valve", "--epochs", "16", "--time-mask", "0", "--freq-mask", "0", "--run", "runs/fan")
+    )
     assert log[-1]["loss"] < 0.7 * log[0]["loss"] and log[-1]["accuracy"] >= 0.5
 
 

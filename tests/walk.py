@@ -1,0 +1,78 @@
+"""One clip's way through the method: what each stage of the real code makes of it, a line a stage.
+
+    python tests/walk.py                                  # a made-up clip, the tiny AST
+    python tests/walk.py CLIP.wav --weights weights/ast.safetensors
+
+Made with the public functions and forward hooks, so that it cannot say anything else than they do. B moves away from
+its zero here as if it had been trained, or the adapters would show no effect.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+import data  # noqa: E402
+import demo  # noqa: E402
+from backbone import Embedder, load_ast  # noqa: E402
+from data import SpecAug, fit_frames, list_clips, log_mel, normalise, read_wav  # noqa: E402
+from lora import LoRALinear, add_lora  # noqa: E402
+from score import nearest  # noqa: E402
+
+
+def show(where: str, symbol: str, x: torch.Tensor, more: str = "") -> torch.Tensor:
+    shape = str(tuple(x.shape)).replace(",)", ")")
+    print(f"{where:38} {symbol:16} {shape:16} mean {x.mean():7.3f}  std {x.std():6.3f}  {more}".rstrip())
+    return x
+
+
+@torch.no_grad()
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser("walk.py", description="One clip through every stage of the method.")
+    parser.add_argument("clip", nargs="?", help="a WAV file (a made-up test clip of tests/demo.py)")
+    parser.add_argument("--weights", default=demo.WEIGHTS, help="the AST's weights (tests/tiny_ast.pth)")
+    args = parser.parse_args(argv)
+    demo.make_machine("data/demo", "fan")
+    clip = args.clip or list_clips("data/demo", "fan", "test")[0].path
+    torch.manual_seed(0)
+
+    wave = show("data.py: read_wav", "wave", read_wav(clip), f"{clip}")[None]
+    x = show("data.py: log_mel", "X[t, m]", log_mel(wave))
+    x = show("data.py: fit_frames", "", fit_frames(x))
+    x = show("data.py: normalise", "x", normalise(x))
+    show("data.py: SpecAug", "in training", SpecAug(80, 80)(x))
+
+    model = Embedder(load_ast(args.weights).eval(), "asp", 256)
+    ast, shown = model.ast, [0, len(model.ast.blocks) - 1]
+    plain = {}
+    hooks = [ast.patch_embed.register_forward_hook(lambda _, __, y: show("backbone.py: patch_embed", "patches(x)", y))]
+    hooks += [ast.blocks[i].register_forward_hook(lambda _, __, y, i=i: plain.update({i: y})) for i in shown]
+    tokens = ast(x)
+    for hook in hooks:
+        hook.remove()
+    add_lora(ast, ["q", "v"], rank=8, alpha=8)
+    for layer in (module for module in ast.modules() if isinstance(module, LoRALinear)):
+        torch.nn.init.normal_(layer.B, std=0.02)
+
+    def moved(i: int, y: torch.Tensor) -> None:
+        by = (y - plain[i]).norm() / plain[i].norm()
+        show(f"backbone.py: Block {i + 1} of {len(ast.blocks)}", "z", y, f"LoRA has moved it by {by:.1%}")
+
+    hooks = [ast.blocks[i].register_forward_hook(lambda _, __, y, i=i: moved(i, y)) for i in shown]
+    adapted = show("backbone.py: AST", "tokens", ast(x), f"moved by {(ast(x) - tokens).norm() / tokens.norm():.1%}")
+    for hook in hooks:
+        hook.remove()
+    show("backbone.py: AttentiveStatisticsPooling", "pool(tokens)", model.pooling(adapted))
+    e = show("backbone.py: Embedder", "e", model(x), f"length {model(x).norm():.3f}")
+    paths = [c.path for c in list_clips("data/demo", "fan", "train")[:8]]
+    bank = torch.cat([model(normalise(fit_frames(log_mel(read_wav(path)[None])))) for path in paths])
+    score = nearest(e.numpy(), bank.numpy())[0]
+    print(f"score.py: nearest                      1 - e_x · e_y    {score:.4f}, of {len(paths)} training clips;")
+    print(f"    nearest training clip: {paths[(e @ bank.T).argmax()].name}")
+
+
+if __name__ == "__main__":
+    main()
