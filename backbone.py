@@ -17,19 +17,10 @@ AudioSet weights, checks them and says what they are:
     python backbone.py
 """
 
-import argparse
-import io
-import json
-import pickle
-import re
-import struct
-from pathlib import Path
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import data
 from data import N_FRAMES, N_MELS
 
 PATCH, STRIDE = 16, 10  # neighbouring patches overlap by 6
@@ -86,9 +77,7 @@ class Block(nn.Module):
 
 
 class AST(nn.Module):
-    """The Transformer, with random weights; `load_ast` gives one with trained weights.
-
-    dim, depth, heads  768, 12, 12 for the public model; heads must divide dim
+    """The Transformer, with random weights; `load_ast` gives the trained one (768 dimensions, 12 blocks, 12 heads).
 
     forward: x (B, 1024, 128), normalised log-mel as data.py makes it, -> (B, 1214, dim), all tokens after
     the final norm: two class tokens, then the patches. ValueError: another input shape.
@@ -174,6 +163,17 @@ class Embedder(nn.Module):
 
 
 # -------------------------------------------- plumbing: nothing below is in the paper
+
+import argparse
+import io
+import json
+import pickle
+import re
+import struct
+from pathlib import Path
+
+import data
+
 # Loading public weights
 
 WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them

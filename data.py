@@ -14,28 +14,8 @@ names. The command fetches and verifies a machine of DCASE2023 Task 2:
     python data.py --machine fan
 """
 
-import argparse
-import csv
-import difflib
-import hashlib
-import http.client
-import io
-import json
 import math
-import os
 import re
-import shlex
-import shutil
-import struct
-import sys
-import time
-import urllib.error
-import urllib.request
-import warnings
-import zipfile
-import zlib
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import NamedTuple
@@ -43,19 +23,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torchaudio
-from scipy.io import wavfile
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from tqdm import tqdm
 
 SAMPLE_RATE = 16000
 FRAME, HOP, FFT = 400, 160, 512  # samples: a frame of 25 ms every 10 ms, padded to 512 for the FFT
 N_FRAMES, N_MELS = 1024, 128  # what the AST takes
 WINDOW = FRAME + (N_FRAMES - 1) * HOP  # the 164,080 samples (10.255 s) that give exactly 1024 frames
 MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's own training
-
-
-# Waves to network input
 
 
 @cache
@@ -72,9 +47,8 @@ def mel_filters(device: torch.device) -> Tensor:
 def log_mel(waves: Tensor) -> Tensor:
     """Kaldi's log-mel filter bank: waves (B, n_samples) float in [-1, 1] -> (B, n_frames, 128), natural log.
 
-    Computed where the waves are. On a CPU it equals, bit for bit, torchaudio.compliance.kaldi.fbank with
-    AST's settings: htk_compat=True, use_energy=False, window_type="hanning", num_mel_bins=128, dither=0.
-    ValueError: integer samples, or fewer than one frame of 400.
+    On a CPU bit-equal to torchaudio.compliance.kaldi.fbank as AST calls it (htk_compat=True, use_energy=False,
+    window_type="hanning", num_mel_bins=128, dither=0). ValueError: integer samples, or fewer than one frame of 400.
     """
     if not waves.is_floating_point() or waves.ndim != 2 or waves.shape[1] < FRAME:
         got = f"{waves.dtype} {tuple(waves.shape)}"
@@ -94,10 +68,7 @@ def filter_bank(frames: Tensor) -> Tensor:
 
 
 def fit_frames(x: Tensor, n: int = N_FRAMES) -> Tensor:
-    """Pad with zeros or cut (B, T, F) to (B, n, F).
-
-    This comes before `normalise`, as in AST: a padded frame is then 0.467, not 0 and not silence (-1.278).
-    """
+    """Pad with zeros or cut (B, T, F) to (B, n, F); as in AST before `normalise`, so a padded frame is 0.467."""
     return torch.nn.functional.pad(x, (0, 0, 0, n - x.shape[1]))  # a negative pad cuts
 
 
@@ -122,8 +93,6 @@ def to_float(wave: Tensor) -> Tensor:
 
 class SpecAug:
     """SpecAugment's masks (Park et al. 2019, arXiv 1904.08779, section 2), without its time warping.
-
-    time_mask, freq_mask  greatest widths, in frames and mel bins; 0 turns a mask off
 
     x (B, T, F) -> (B, T, F): in each clip independently, w frames from t₀ on and w' bins from f₀ on become 0,
     the mean of AudioSet after `normalise`; w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise w', f₀.
@@ -150,9 +119,6 @@ class SpecAug:
         return (start <= position) & (position < start + width)
 
 
-# Windows and batches
-
-
 def count_frames(n_samples: int | Tensor) -> int | Tensor:
     """How many whole frames fit: 998 for 10 s, 1198 for 12 s."""
     return 1 + (n_samples - FRAME) // HOP
@@ -166,11 +132,8 @@ def window_starts(n_samples: int) -> list[int]:
 
 
 class Windows(torch.utils.data.Dataset):
-    """item (index of a clip, first sample) -> (at most 164,080 samples, index).
-
-    Which window is the sampler's choice: random in training, evenly spaced in scoring. Starting at a
-    multiple of the hop makes cutting the wave the same as cutting the spectrogram.
-    """
+    """item (index of a clip, first sample) -> (at most 164,080 samples, index); random windows in training, evenly
+    spaced ones in scoring. They start at multiples of the hop: cutting the wave is then cutting the spectrogram."""
 
     def __init__(self, clips: list["Clip"]):
         self.clips = clips
@@ -181,10 +144,7 @@ class Windows(torch.utils.data.Dataset):
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> waves (B, n_samples) padded with zeros, lengths (B,), clip indices (B,).
-
-    Samples stay int16 if all are, which halves what travels to the GPU.
-    """
+    """-> waves (B, n_samples) padded with zeros, int16 if all are; lengths (B,); clip indices (B,)."""
     waves, indices = zip(*items, strict=True)
     if any(wave.dtype != torch.int16 for wave in waves):
         waves = [to_float(wave) for wave in waves]
@@ -192,26 +152,9 @@ def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
     return pad_sequence(waves, batch_first=True), lengths, torch.tensor(indices)
 
 
-def make_loader(clips: list["Clip"], batches: list, workers: int, device: torch.device):
-    """Yields what `collate` makes of each batch, a list of (clip index, first sample)."""
-    return torch.utils.data.DataLoader(
-        Windows(clips),
-        batch_sampler=batches,
-        num_workers=workers,
-        # One batch in waiting for each: 4 x 10 MB of shared memory. Docker gives a container 64 MB.
-        prefetch_factor=1 if workers else None,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-    )
-
-
-# Reading WAV files
-
-
 def read_wav(path: str | Path) -> Tensor:
-    """A WAV file as float32 (n_samples,) in [-1, 1], mono (mean of the channels), 16 kHz.
+    """A WAV file (PCM of 8 to 64 bit, float, EXTENSIBLE, RF64, RIFX) as float32 (n_samples,) in [-1, 1], mono, 16 kHz.
 
-    Reads what scipy.io.wavfile reads: PCM of 8 to 64 bit, float, EXTENSIBLE, RF64, RIFX.
     ValueError (naming file and reason): unreadable, truncated, empty, not finite, another encoding.
     """
     return to_float(decode(path))
@@ -231,12 +174,7 @@ def decode(path: str | Path) -> Tensor:
     return torchaudio.functional.resample(torch.from_numpy(samples.astype(np.float32)), rate, SAMPLE_RATE)
 
 
-# Names and labels
-
-
-class Clip(NamedTuple):
-    """One WAV file and what its name says; None and '' where it says nothing."""
-
+class Clip(NamedTuple):  # one WAV file and what its name says; None and '' where it says nothing
     path: Path
     machine: str
     split: str  # "train" or "test"
@@ -249,10 +187,9 @@ CLIP_NAME = r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """Machine and split from the folders, the rest from the name, in the challenge's grammar:
+    """fan/test/section_00_source_test_anomaly_0022_m-n_W.wav -> machine fan, source, anomaly, attributes m-n_W.
 
-    fan/test/section_00_source_test_anomaly_0022_m-n_W.wav -> domain source, anomaly, attributes m-n_W
-    A name outside it (the evaluation set's section_00_0000.wav, one's own files) is a clip without labels.
+    A name of another form (the evaluation set's section_00_0000.wav, one's own files) is a clip without labels.
     """
     path = Path(path)
     match = re.fullmatch(CLIP_NAME, path.name)
@@ -280,6 +217,31 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 
 
 # -------------------------------------------- plumbing: nothing below is in the paper
+
+import argparse
+import csv
+import difflib
+import hashlib
+import http.client
+import io
+import json
+import os
+import shlex
+import shutil
+import struct
+import sys
+import time
+import urllib.error
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+
+from scipy.io import wavfile
+from tqdm import tqdm
+
 # Checking WAV files
 
 # scipy warns of chunks that it skips (LIST, bext, ...); what would harm us is checked below instead.
@@ -387,6 +349,25 @@ def next_command(script: str, names: list[str], run: Path) -> str:
     return f"python {script} --machine {shlex.join(names)}{elsewhere}"
 
 
+def make_loader(clips: list["Clip"], batches: list, workers: int, device: torch.device):
+    """Yields what `collate` makes of each batch, a list of (clip index, first sample)."""
+    return torch.utils.data.DataLoader(
+        Windows(clips),
+        batch_sampler=batches,
+        num_workers=workers,
+        # One batch in waiting for each: 4 x 10 MB of shared memory. Docker gives a container 64 MB.
+        prefetch_factor=1 if workers else None,
+        collate_fn=collate,
+        pin_memory=device.type == "cuda",
+    )
+
+
+WORKER_KILLED = (
+    "a process that reads WAV files was killed, mostly for want of shared memory; give the container more "
+    "(docker run --shm-size=1g), or read without such processes: --workers 0"
+)
+
+
 @contextmanager
 def one_line_errors(parser: argparse.ArgumentParser, interrupted: str = "the same command continues from here"):
     """What a user can mend ends in one line and exit status 2; Ctrl-C in 130; anything else is a bug of ours."""
@@ -401,14 +382,13 @@ def one_line_errors(parser: argparse.ArgumentParser, interrupted: str = "the sam
     except RuntimeError as error:
         if not re.match(r"DataLoader worker .* (killed|exited)", str(error)):
             raise
-        parser.error("a process that reads WAV files was killed, mostly for want of shared memory; give the "
-                     "container more (docker run --shm-size=1g), or read without such processes: --workers 0")  # fmt: skip
+        parser.error(WORKER_KILLED)
 
 
-def progress(items, what: str, total: int, unit: str = "clip"):
+def progress(items, what: str, total: int, unit: str = "clips"):
     """Iterate with a bar; where the output is no terminal, with one line."""
     if not sys.stderr.isatty() and total:
-        print(f"{what}: {total:,} {unit}s", file=sys.stderr)
+        print(f"{what}: {total:,} {unit}", file=sys.stderr)
     return tqdm(items, what, total, leave=False, unit=unit, disable=None)
 
 

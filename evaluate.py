@@ -17,19 +17,12 @@ tell nothing, from <data>/ground_truth; for one's own, from <data>/<machine>/lab
 Prints the table as Markdown and writes metrics.csv into the run folder.
 """
 
-import argparse
-import csv
-import json
 import math
-import re
 import sys
-from pathlib import Path
 
 import numpy as np
 from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
-
-import data
 
 ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}  # of the official score
 EPS = sys.float_info.epsilon  # where the official code divides by zero, it divides by this
@@ -73,6 +66,15 @@ def official_score(machines: list[dict[str, float]]) -> float:
 
 
 # -------------------------------------------- plumbing: nothing below is in the paper
+
+import argparse
+import csv
+import json
+import re
+from pathlib import Path
+
+import data
+
 # Scores and labels, joined by file name
 
 
@@ -241,8 +243,8 @@ def main(argv: list[str] | None = None) -> None:
     # fmt: off
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--run", nargs="+", metavar="DIR", help="run folders; those that differ only in the seed are averaged (runs/<names>)")  # noqa: E501
-    add("--data", metavar="DIR", help="holds ground_truth/ or <machine>/labels.csv, where names tell no labels (the scored clips')")  # noqa: E501
+    add("--run", nargs="+", metavar="DIR", help="run folders, averaged over seeds (runs/<names>)")
+    add("--data", metavar="DIR", help="holds labels that names do not tell (where it was scored)")
     # fmt: on
     args = parser.parse_args(argv)
     with data.one_line_errors(parser):

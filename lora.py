@@ -23,7 +23,6 @@ from torch import Tensor, nn
 class LoRALinear(nn.Module):
     """The equation above around one `nn.Linear`, which is frozen and kept as `base`.
 
-    base     the pre-trained layer, in -> out
     rank     r >= 1; the update has rank · (in + out) weights instead of in · out
     alpha    the update is scaled by alpha/rank, so that another rank needs no other learning rate
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1

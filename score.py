@@ -22,22 +22,12 @@ writes into the run folder, per machine: anomaly_score_*.csv and decision_result
 them, nearest_*.csv (for each test clip the nearest training clip), embeddings_*.npz (re-used by the next call).
 """
 
-import argparse
-import importlib.util
-import json
-import shlex
-import sys
-import zipfile
-from pathlib import Path
-
 import numpy as np
 import torch
 import torch.nn.functional as F
 from sklearn.neighbors import NearestNeighbors
 
-import backbone
 import data
-import train
 from backbone import Embedder, load_ast
 from data import HOP, N_MELS, SAMPLE_RATE, Clip, list_clips, log_mel, make_loader, spectrogram, window_starts
 from lora import merge_lora
@@ -60,7 +50,7 @@ def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: in
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
     loader = make_loader(clips, batches, workers, device)
     of_window = []
-    for waves, n_samples, _ in data.progress(loader, f"embedding {clips[0].machine}", len(batches), "batch"):
+    for waves, n_samples, _ in data.progress(loader, f"embedding {clips[0].machine}", len(batches), "batches"):
         x = spectrogram(waves.to(device, non_blocking=True), n_samples.to(device))
         of_window.append(model(x).cpu())  # (B, D)
     index = torch.tensor([index for index, _ in windows])
@@ -164,6 +154,18 @@ def decide(scores: np.ndarray, train_scores: np.ndarray) -> tuple[np.ndarray, fl
 
 
 # -------------------------------------------- plumbing: nothing below is in the paper
+
+import argparse
+import importlib.util
+import json
+import shlex
+import sys
+import zipfile
+from pathlib import Path
+
+import backbone
+import train
+
 # Embeddings that are kept
 
 
@@ -308,6 +310,9 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
 # The command line
 
 
+BACK_ENDS = ["none", "train", "test", "density"]
+
+
 def make_parser() -> argparse.ArgumentParser:
     about = """Score test clips by their distance to normal training clips.
 
@@ -317,15 +322,15 @@ def make_parser() -> argparse.ArgumentParser:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     # fmt: off
     add = parser.add_argument_group("what is scored").add_argument
-    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all; all of the run's or some")
+    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all; of the run's")
     add("--data", metavar="DIR", help="holds <machine>/{train,test}/*.wav (the run's; data with --pretrained)")
     add("--run", metavar="DIR", help="the run folder, read and written (runs/<names>, runs/pretrained-<names>)")
     add("--weights", metavar="FILE", help=f"the AST's public weights (the run's; {backbone.WEIGHTS} with --pretrained)")
     add("--pretrained", action="store_true", help="the AST as it is: mean of its class tokens, no run needed")
     add = parser.add_argument_group("back-end").add_argument
     add("--k", type=train.at_least(1), default=1, help="nearest neighbours to average (%(default)s) [same lab]")
-    add("--normalize", default="none", choices=["none", "train", "test", "density"], help="between the domains, see the top of score.py; test is transductive (%(default)s) [same lab]")  # noqa: E501
-    add("--smote", type=train.at_least(0, float), default=0.0, help="fill the target bank up to this share of the source bank; 0.2 [ASDKit] (%(default)s, off)")  # noqa: E501
+    add("--normalize", default="none", choices=BACK_ENDS, help="see the top of score.py (%(default)s) [same lab]")
+    add("--smote", type=train.at_least(0, float), default=0.0, help="target / source clips to reach (0, off)")
     add = parser.add_argument_group("run").add_argument
     train.add_hardware(add)
     add("--batch-size", type=train.at_least(1), default=32, help="windows of 10 s (%(default)s)")

@@ -16,22 +16,11 @@ writes the run folder runs/fan: args.json, log.csv, last.pt (for --resume), adap
 """
 
 import argparse
-import json
 import math
-import os
-import platform
-import re
-import shlex
-import subprocess
-import sys
-from collections import Counter
 from pathlib import Path
 
-import numpy
-import sklearn
 import torch
 import torch.nn.functional as F
-import torchaudio
 from torch import Tensor, nn
 from tqdm import tqdm
 
@@ -43,12 +32,9 @@ from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 
 class ArcFace(nn.Module):
-    """Additive angular margin (Deng et al. 2019, arXiv 1801.07698, equation 3).
+    """Additive angular margin (Deng et al. 2019, arXiv 1801.07698, equation 3); one centre a class.
 
-    dim      dimensions of the embedding
-    classes  number of classes, one centre each
-    scale    s, the logits' range is [-s, s];  margin  m in radians, 0 <= m < π/2
-
+    scale  s, the logits' range is [-s, s];  margin  m in radians, 0 <= m < π/2
     forward: unit-length embeddings (B, dim), labels (B,) -> logits (B, classes), for cross-entropy.
     """
 
@@ -230,6 +216,20 @@ def train(args: argparse.Namespace) -> None:
 
 
 # -------------------------------------------- plumbing: nothing below is in the paper
+
+import json
+import os
+import platform
+import re
+import shlex
+import subprocess
+import sys
+from collections import Counter
+
+import numpy
+import sklearn
+import torchaudio
+
 # The run folder
 
 ONE_CLASS = (
@@ -406,6 +406,12 @@ def workers_for(args: argparse.Namespace) -> int:
     return args.workers if args.workers is not None else 0 if args.device == "cpu" else min(4, os.cpu_count() or 1)
 
 
+TUNING = ["lora", "full", "frozen"]
+LAYERS = ["q", "k", "v", "proj", "fc1", "fc2"]
+WARMUP_HELP = """steps up to those rates, at most a tenth of the run, so more of them where a run is resumed with more
+epochs; a step once taken stays taken (%(default)s) [same lab]"""
+
+
 def make_parser() -> argparse.ArgumentParser:
     about = """Train on normal sounds.
 
@@ -415,7 +421,6 @@ def make_parser() -> argparse.ArgumentParser:
 Behind each default stands where it comes from: [paper], [same lab], [ASDKit], [our choice]; see README.md."""
     parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    layers = ["q", "k", "v", "proj", "fc1", "fc2"]
     rate = at_least(1e-12, float)
     # fmt: off
     add = parser.add_argument_group("data and weights").add_argument
@@ -423,14 +428,14 @@ Behind each default stands where it comes from: [paper], [same lab], [ASDKit], [
     add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="the AST's public weights (%(default)s)")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--tuning", default="lora", choices=["lora", "full", "frozen"], help="what of the AST is trained: adapters, everything, nothing (%(default)s) [paper]")  # noqa: E501
+    add("--tuning", default="lora", choices=TUNING, help="adapters, all, nothing (%(default)s) [paper]")
     add("--rank", type=at_least(1), default=64, help="r (%(default)s) [paper]")
     add("--alpha", type=at_least(1e-9, float), help="the update is scaled by alpha/rank (= rank, so 1) [our choice]")
     add("--dropout", type=at_least(0, float), default=0.0, help="on the update's input (%(default)s) [ASDKit]")
-    add("--targets", nargs="+", default=["q", "v"], choices=layers, help="layers that get LoRA (q v) [ASDKit; paper: v matters most]")  # noqa: E501
+    add("--targets", nargs="+", default=["q", "v"], choices=LAYERS, help="layers with LoRA (q v) [ASDKit]")
     add("--layers", type=layer_list, default=None, help="blocks that get LoRA: all, 8-11, 0,5 (all) [paper]")
     add = parser.add_argument_group("head").add_argument
-    add("--pooling", default="asp", choices=["cls", "asp"], help="class tokens, or attentive statistics of the patches (%(default)s) [same lab]")  # noqa: E501
+    add("--pooling", default="asp", choices=["cls", "asp"], help="of which tokens (%(default)s) [same lab]")
     add("--embedding", type=at_least(1), default=256, help="dimensions (%(default)s) [ASDKit]")
     add = parser.add_argument_group("ArcFace").add_argument
     add("--scale", type=at_least(1e-9, float), default=30.0, help="s (%(default)s) [same lab]")
@@ -440,12 +445,12 @@ Behind each default stands where it comes from: [paper], [same lab], [ASDKit], [
     add("--freq-mask", type=at_least(0), default=80, help="greatest width, mel bins; 0 = off (%(default)s) [same lab]")
     add = parser.add_argument_group("optimizer").add_argument
     add("--lr", type=rate, default=1e-4, help="of LoRA, head and class centres (%(default)s) [ASDKit]")
-    add("--ast-lr", type=rate, default=1e-5, help="of pre-trained weights under --tuning full (%(default)s) [AST's own fine-tuning]")  # noqa: E501
-    add("--warmup", type=at_least(0), default=360, help="steps up to those rates, at most a tenth of the run; a --resume with more --epochs keeps the steps it took (%(default)s) [same lab]")  # noqa: E501
+    add("--ast-lr", type=rate, default=1e-5, help="of pre-trained weights, under full (%(default)s) [AST's own]")
+    add("--warmup", type=at_least(0), default=360, help=WARMUP_HELP)
     add("--weight-decay", type=at_least(0, float), default=0.01, help="AdamW's (%(default)s) [our choice: PyTorch's]")
     add("--epochs", type=at_least(1), default=25, help="times that every clip is seen (%(default)s) [ASDKit]")
     add("--batch-size", type=at_least(1), default=32, help="clips (%(default)s) [same lab]")
-    add("--accumulate", type=at_least(1), default=1, help="batches a step, where memory is short (%(default)s) [our choice]")  # noqa: E501
+    add("--accumulate", type=at_least(1), default=1, help="batches a step (%(default)s) [our choice]")
     add("--seed", type=at_least(0), default=0, help="of everything random (%(default)s) [our choice]")
     add = parser.add_argument_group("run").add_argument
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")

@@ -21,9 +21,10 @@ import torch
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
+import demo  # noqa: E402
+
 import backbone  # noqa: E402
 import data  # noqa: E402
-import demo  # noqa: E402
 import train  # noqa: E402
 
 REAL = Path(os.environ["ASD_REAL"]).resolve() if "ASD_REAL" in os.environ else None

@@ -228,7 +228,7 @@ def main(argv: list[str] | None = None) -> None:
             for seed in (SEEDS if args.all and row != "as it is" else [0])]  # fmt: skip
     quiet = contextlib.ExitStack()
     if args.all:
-        jobs = data.progress(jobs, "runs", len(jobs), "run")
+        jobs = data.progress(jobs, "runs", len(jobs), "runs")
         quiet.enter_context(contextlib.redirect_stdout(io.StringIO()))
         quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
     with quiet:

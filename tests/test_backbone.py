@@ -22,7 +22,7 @@ from backbone import (
     Embedder,
     load_ast,
 )
-from lora import add_lora, count_parameters
+from lora import count_parameters
 
 # ---------------------------------------------------------------- the computation
 

@@ -630,7 +630,7 @@ def test_a_busy_server_is_asked_again_after_the_time_it_names(server, monkeypatc
 def test_a_server_that_stays_busy_is_given_up_after_three_tries(server, monkeypatch, tmp_path):
     server.answers = [(503, {})] * 3
     monkeypatch.setattr(data.time, "sleep", lambda seconds: None)
-    with pytest.raises(OSError, match="the server refuses .*503 Service Unavailable"):
+    with pytest.raises(OSError, match=r"the server refuses .*503 Service Unavailable"):
         data.fetch("fan", tmp_path)
     assert len(server.requests) == 3
 
@@ -638,7 +638,7 @@ def test_a_server_that_stays_busy_is_given_up_after_three_tries(server, monkeypa
 def test_a_web_page_in_place_of_a_file_is_called_that(server, tmp_path):
     page = b"\n<!DOCTYPE html><html>Blocked</html>"
     server.files["/zenodo/7882613/files/dev_fan.zip"] = page
-    with pytest.raises(ValueError, match="what came from http.* is a web page: try again, or open"):
+    with pytest.raises(ValueError, match=r"what came from http.* is a web page: try again, or open"):
         data.fetch("fan", tmp_path)
     server.files["/truth/x.csv"] = page
     with pytest.raises(ValueError, match="is a web page"):

@@ -28,9 +28,7 @@ import evaluate
 import score
 
 needs_network = pytest.mark.skipif("ASD_NETWORK" not in os.environ, reason="ASD_NETWORK is not set")
-SAMPLE = (
-    "https://huggingface.co/datasets/nielsr/audio-spectogram-transformer-checkpoint/resolve/main/sample_audio.flac"
-)
+SAMPLE = "https://huggingface.co/datasets/nielsr/audio-spectogram-transformer-checkpoint/resolve/main/sample_audio.flac"
 LOGITS = [-0.8760, -7.0042, -8.6602]  # of the first three AudioSet classes, from the hub's own test
 
 

@@ -15,12 +15,12 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import data  # noqa: E402
-import demo  # noqa: E402
-from backbone import Embedder, load_ast  # noqa: E402
-from data import SpecAug, fit_frames, list_clips, log_mel, normalise, read_wav  # noqa: E402
-from lora import LoRALinear, add_lora  # noqa: E402
-from score import nearest  # noqa: E402
+import demo
+
+from backbone import Embedder, load_ast
+from data import SpecAug, fit_frames, list_clips, log_mel, normalise, read_wav
+from lora import LoRALinear, add_lora
+from score import nearest
 
 
 def show(where: str, symbol: str, x: torch.Tensor, more: str = "") -> torch.Tensor:
