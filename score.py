@@ -29,7 +29,7 @@ from sklearn.neighbors import NearestNeighbors
 
 import data
 from backbone import Embedder, load_ast
-from data import HOP, N_MELS, SAMPLE_RATE, Clip, list_clips, log_mel, make_loader, spectrogram, window_starts
+from data import HOP, N_MELS, SAMPLE_RATE, Clip, list_clips, log_mel, spectrogram, window_starts
 from lora import merge_lora
 
 DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end (k_ref_normalize)
@@ -48,7 +48,7 @@ def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: in
     device = model.ast.pos_embed.device
     windows = [(index, start) for index, n_samples in enumerate(lengths) for start in window_starts(n_samples)]
     batches = [windows[i : i + batch_size] for i in range(0, len(windows), batch_size)]
-    loader = make_loader(clips, batches, workers, device)
+    loader = data.make_loader(clips, batches, workers, device)
     of_window = []
     for waves, n_samples, _ in data.progress(loader, f"embedding {clips[0].machine}", len(batches), "batches"):
         x = spectrogram(waves.to(device, non_blocking=True), n_samples.to(device))

@@ -27,7 +27,7 @@ from tqdm import tqdm
 import backbone
 import data
 from backbone import Embedder, load_ast
-from data import HOP, N_FRAMES, SpecAug, count_frames, list_clips, make_loader, spectrogram
+from data import HOP, N_FRAMES, SpecAug, count_frames, list_clips, spectrogram
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 
@@ -153,11 +153,8 @@ def train(args: argparse.Namespace) -> None:
     run, device = Path(args.run), torch.device(args.device)
     clips = [clip for m in data.machine_names(args.machine) for clip in list_clips(args.data, m, "train")]
     classes = sorted({(clip.machine, clip.attributes) for clip in clips})
-    if len(classes) < 2:
-        raise ValueError(ONE_CLASS.format(len(clips), "/".join(classes[0])))
     labels = torch.tensor([classes.index((clip.machine, clip.attributes)) for clip in clips], device=device)
-    record = describe(args, clips, classes)
-    checkpoint = check_run(run, record, args)
+    record, checkpoint = open_run(run, args, clips, classes)
     if checkpoint and checkpoint["epoch"] == args.epochs and (run / "adapter.pt").exists():
         print(f"{run} is finished already; next: {data.next_command('score.py', args.machine, run)}")
         return
@@ -165,24 +162,17 @@ def train(args: argparse.Namespace) -> None:
     torch.manual_seed(epoch_seeds(args.seed, 0)[0])
     model = make_model(args)
     arcface = ArcFace(model.linear.out_features, len(classes), args.scale, args.margin)
-    trainable, total = count_parameters(model)
     n_batches = math.ceil(len(clips) / args.batch_size)
     n_steps = args.epochs * math.ceil(n_batches / args.accumulate)
     warmup = min(args.warmup, n_steps // 10)
-    print(f"{len(clips):,} clips, {len(classes)} classes; {args.weights}: {record['weights']}; on {args.device}")
+    trainable, total = count_parameters(model)
     print(f"{trainable + arcface.centres.numel():,} trainable parameters, {total:,} in the model")
     print(f"{n_steps:,} steps in {args.epochs} epochs, of which {warmup} warm up")
     lengths = data.check_clips(clips)
 
     model, arcface = model.to(device), arcface.to(device)
     optimizer = make_optimizer(model, arcface, args)
-    done, step, log = 0, 0, []
-    if checkpoint:
-        load_trained_state(model, checkpoint["model"])
-        arcface.load_state_dict(checkpoint["arcface"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        done, step, log = checkpoint["epoch"], checkpoint["step"], checkpoint["log"]
-        print(f"resuming after epoch {done} of {args.epochs}")
+    done, step, log = restore(checkpoint, model, arcface, optimizer)
     start_run(run, record, fresh=not checkpoint)
     if args.compile:
         model.compile()
@@ -190,7 +180,7 @@ def train(args: argparse.Namespace) -> None:
     # One loader over all epochs: its workers read on while an epoch ends.
     epochs = range(done + 1, args.epochs + 1)
     plan = {e: draw_batches(lengths, args.batch_size, epoch_seeds(args.seed, e)[0]) for e in epochs}
-    batches = iter(make_loader(clips, [batch for e in epochs for batch in plan[e]], args.workers, device))
+    batches = iter(data.make_loader(clips, [batch for e in epochs for batch in plan[e]], args.workers, device))
     augment = SpecAug(args.time_mask, args.freq_mask)
     with tqdm(total=args.epochs * len(clips), initial=done * len(clips), unit="clip", disable=None) as progress:
         for epoch in epochs:
@@ -201,18 +191,11 @@ def train(args: argparse.Namespace) -> None:
             step, loss, accuracy = train_epoch(
                 model, arcface, optimizer, augment, labels, batches, steps, step, warmup, progress
             )
-            if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
-                raise ValueError(DIVERGED.format("a weight", step))
             lr = args.lr * warm_up(step, warmup)
             log.append({"epoch": epoch, "step": step, "lr": lr, "loss": loss, "accuracy": accuracy})
             save_epoch(run, log, model, arcface, optimizer)
             progress.write(f"epoch {epoch}: step {step:,}, loss {loss:.4f}, accuracy {accuracy:.3f}")
-    finish_run(run, log, model)
-    if device.type == "cuda":
-        print(f"peak GPU memory {torch.cuda.max_memory_allocated(device) / 2**30:.1f} GiB")
-    size = (run / "adapter.pt").stat().st_size
-    print(f"wrote {run}: adapter.pt ({size / 1e6:.1f} MB), last.pt, log.csv, args.json")
-    print(f"next: {data.next_command('score.py', args.machine, run)}")
+    finish_run(run, log, model, args)
 
 
 # -------------------------------------------- plumbing: nothing below is in the paper
@@ -266,21 +249,25 @@ def describe(args: argparse.Namespace, clips: list, classes: list) -> dict:
     }
 
 
-def check_run(run: Path, record: dict, args: argparse.Namespace) -> dict | None:
-    """-> what last.pt holds, if there is something to resume.
+def open_run(run: Path, args: argparse.Namespace, clips: list, classes: list) -> tuple[dict, dict | None]:
+    """-> (the record of this run, what last.pt holds if there is something to resume).
 
-    ValueError: the folder holds results and neither flag is given, or the run to be resumed was another one.
+    ValueError: one class only; the folder holds results and neither flag is given; the run to be resumed was another.
     """
+    if len(classes) < 2:
+        raise ValueError(ONE_CLASS.format(len(clips), "/".join(classes[0])))
+    record = describe(args, clips, classes)
+    print(f"{len(clips):,} clips, {len(classes)} classes; {args.weights}: {record['weights']}; on {args.device}")
     old = data.read_json(run / "args.json")
     if args.overwrite:
-        return None
+        return record, None
     if not args.resume and old:
         state = "a finished run" if (run / "adapter.pt").exists() else "an unfinished run; --resume continues it"
         raise ValueError(f"{run} holds {state}; --overwrite replaces it, --run names another folder")
     if not old and any(any(run.glob(pattern)) for pattern in RESULTS):
         raise ValueError(f"{run} holds results of no known run; --overwrite removes them, --run names another folder")
     if not old:
-        return None
+        return record, None
     kept = ("classes", "clips", "weights_sha256")
     before, now = ({**r["args"], **{key: r[key] for key in kept}} for r in (old, record))
     changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in MAY_DIFFER]
@@ -288,11 +275,22 @@ def check_run(run: Path, record: dict, args: argparse.Namespace) -> dict | None:
         changes = [f"{key} was {str(before.get(key))[:60]}, is {str(now.get(key))[:60]}" for key in changed]
         raise ValueError(f"cannot resume {run}: {'; '.join(changes)}")
     if not (run / "last.pt").exists():
-        return None
+        return record, None
     checkpoint = backbone.load_file(run / "last.pt")
     if checkpoint["epoch"] > args.epochs:
         raise ValueError(f"cannot resume {run}: it has {checkpoint['epoch']} epochs already, --epochs {args.epochs}")
-    return checkpoint
+    return record, checkpoint
+
+
+def restore(checkpoint: dict | None, model: Embedder, arcface: ArcFace, optimizer) -> tuple[int, int, list[dict]]:
+    """-> (last whole epoch, last step, log); model, class centres and optimizer become what they were after it."""
+    if not checkpoint:
+        return 0, 0, []
+    load_trained_state(model, checkpoint["model"])
+    arcface.load_state_dict(checkpoint["arcface"])
+    optimizer.load_state_dict(checkpoint["optimizer"])
+    print(f"resuming after epoch {checkpoint['epoch']}")
+    return checkpoint["epoch"], checkpoint["step"], checkpoint["log"]
 
 
 def start_run(run: Path, record: dict, fresh: bool) -> None:
@@ -311,14 +309,22 @@ def save(path: Path, state: dict) -> None:
 
 
 def save_epoch(run: Path, log: list[dict], model: Embedder, arcface: ArcFace, optimizer) -> None:
+    """ValueError: a weight is not finite; then nothing is written."""
+    if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
+        raise ValueError(DIVERGED.format("a weight", log[-1]["step"]))
     state = {"epoch": log[-1]["epoch"], "step": log[-1]["step"], "log": log, "model": trained_state(model)}
     save(run / "last.pt", state | {"arcface": arcface.state_dict(), "optimizer": optimizer.state_dict()})
     write_log(run, log)
 
 
-def finish_run(run: Path, log: list[dict], model: Embedder) -> None:
+def finish_run(run: Path, log: list[dict], model: Embedder, args: argparse.Namespace) -> None:
     write_log(run, log)  # again: a kill may have left it an epoch behind last.pt
     save(run / "adapter.pt", trained_state(model))
+    if args.device != "cpu":
+        print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
+    size = (run / "adapter.pt").stat().st_size
+    print(f"wrote {run}: adapter.pt ({size / 1e6:.1f} MB), last.pt, log.csv, args.json")
+    print(f"next: {data.next_command('score.py', args.machine, run)}")
 
 
 def write_log(run: Path, log: list[dict]) -> None:

@@ -22,9 +22,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import backbone  # noqa: E402
-import demo  # noqa: E402
-from data import FRAME, HOP, SAMPLE_RATE, log_mel, normalise  # noqa: E402
+import demo
+
+import backbone
+from data import FRAME, HOP, SAMPLE_RATE, log_mel, normalise
 
 FRAMES, BATCH, SEED, RATE = 256, 32, 0, 2e-3
 SECONDS = (FRAME + (FRAMES - 1) * HOP) / SAMPLE_RATE
