@@ -269,7 +269,7 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
     from matplotlib.figure import Figure  # optional: see requirements.txt
 
     order = scores.argsort(kind="stable")
-    figure = Figure(figsize=(13, 3.4 + 2.5 * min(3, len(clips))), layout="constrained")
+    figure = Figure(figsize=(14, 3.4 + 2.5 * min(3, len(clips))), layout="constrained")
     grid = figure.add_gridspec(1 + min(3, len(clips)), 3, height_ratios=[1.2] + [1] * min(3, len(clips)))
     top = figure.add_subplot(grid[0, :])
     if all(clip.is_anomaly is not None for clip in clips):
@@ -281,7 +281,7 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
         top.plot(ranks, scores[order[ranks]], "o", markersize=4, color=colour, label=f"{kind} ({len(ranks)})")
     top.axhline(threshold, color="black", linestyle="--", label="threshold: what lies above is reported as anomalous")
     top.set(title=f"{clips[0].machine}: anomaly scores of {len(clips)} test clips, lowest to highest",
-            xlabel="rank", ylabel="score: distance to normal")  # fmt: skip
+            xlabel="test clips in order of score", ylabel="distance to normal")  # fmt: skip
     top.legend(loc="upper left")
     hz = np.array([250, 500, 1000, 2000, 4000, 7500])
     low, high = (1127 * np.log(1 + f / 700) for f in (20, 8000))
@@ -300,7 +300,7 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
             axes = figure.add_subplot(grid[row, column])
             extent = (0, len(x) * HOP / SAMPLE_RATE, -0.5, N_MELS - 0.5)
             image = axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, **scale)
-            axes.set_title(title, fontsize=8)
+            axes.set_title(title, fontsize=7)
             axes.set(yticks=bins, yticklabels=hz / 1000, xlabel="seconds", ylabel="kHz")
             figure.colorbar(image, label="dB")
     with data.whole_file(path) as file:

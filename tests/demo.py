@@ -112,25 +112,30 @@ def make_machine(root: str | Path, name: str, n_train: int = 96, n_test: int = 2
     n_train  training clips, of which the last sixteenth, at least three, are of the target domain
     n_test   test clips per domain and label
 
-    Six operating states are its attributes. From clip to clip its speed, harmonics and loudness vary a little, the
-    background a lot; the target domain has another microphone and another background. Faults change the machine,
-    not the level: three harmonics, knocks, the loudness's modulation, or the pitch.
+    Twelve operating states are its attributes: three speeds (the pitch), two loads (the harmonics), two cycles (how the
+    loudness is modulated, and knocks). From clip to clip all of these vary a little, the background's loudness and
+    colour a lot; the target domain has another microphone and another background. Faults change the machine, not the
+    level: three harmonics, more knocks, another modulation, or another pitch.
     """
     folder = Path(root) / name
     if folder.is_dir():
         return
     random = np.random.default_rng(zlib.crc32(name.encode()))
     machine = any_sound(random)._replace(pitch=float(np.exp(random.uniform(np.log(60), np.log(200)))))
-    states = {}
-    for speed in (1, 2, 3):
-        for load in "AB":
-            states[f"spd_{speed}_load_{load}"] = machine._replace(
-                pitch=machine.pitch * 1.15 ** (speed - 2),
-                harmonics=machine.harmonics + random.normal(0, 3, HARMONICS),
-                modulation=(machine.modulation[0] * 1.15 ** (speed - 2), 0.25),
-                knocks=(0.0, 0.0),
-            )
-    places = {domain: (random.normal(0, 3, 9), random.uniform(-4, 0)) for domain in ("source", "target")}
+    loads = {load: random.normal(0, 5, HARMONICS) for load in "AB"}
+    cycles = {1: (0.75, 0.15, 0.8, 0.3), 2: (1.5, 0.35, 1.25, 0.9)}
+    states = {
+        f"spd_{speed}_load_{load}_cyc_{cycle}": machine._replace(
+            pitch=machine.pitch * 1.25 ** (speed - 2),
+            harmonics=machine.harmonics + change,
+            modulation=(machine.modulation[0] * rate, depth),
+            knocks=(machine.knocks[0] * knock_rate, strength),
+        )
+        for speed in (1, 2, 3)
+        for load, change in loads.items()
+        for cycle, (rate, depth, knock_rate, strength) in cycles.items()
+    }
+    places = {domain: (random.normal(0, 1.5, 9), random.uniform(-3, 1)) for domain in ("source", "target")}
     part = folder.with_name(f".{name}.part")
 
     def write(split: str, domain: str, fault: str | None, index: int, state: str) -> None:
@@ -145,37 +150,39 @@ def make_machine(root: str | Path, name: str, n_train: int = 96, n_test: int = 2
     names = list(states)
     n_source = n_train - max(3, n_train // 16)
     for i in range(n_train):
-        write("train", "source" if i < n_source else "target", None, i, names[i % 6])
+        write("train", "source" if i < n_source else "target", None, i, names[i % 12])
     for i in range(n_test):
         for domain in ("source", "target"):
-            write("test", domain, None, i, names[i % 6])
-            write("test", domain, FAULTS[i % 4], i, names[(i + i // 12) % 6])
+            write("test", domain, None, i, names[i % 12])
+            write("test", domain, FAULTS[i % 4], i, names[(i + i // 12) % 12])
     part.rename(folder)
 
 
 def recorded(random: np.random.Generator, sound: Sound, microphone: np.ndarray, slope: float) -> Sound:
     """Normal variation: what differs between two recordings of the same state at the same place."""
+    rate, depth = sound.modulation
+    knock_rate, strength = sound.knocks
     return sound._replace(
         pitch=sound.pitch * random.normal(1, 0.004),
         harmonics=sound.harmonics + random.normal(0, 1, HARMONICS),
-        modulation=(sound.modulation[0] * random.normal(1, 0.03), sound.modulation[1] * random.uniform(0.7, 1.3)),
-        noise=(slope + random.normal(0, 1.5), random.uniform(-15, 3)),
-        microphone=microphone + random.normal(0, 1, 9),
-        level=random.uniform(-4, 4),
+        modulation=(rate * random.normal(1, 0.03), depth * random.uniform(0.85, 1.15)),
+        knocks=(knock_rate * random.normal(1, 0.03), strength * random.uniform(0.85, 1.15)),
+        noise=(slope + random.normal(0, 3.5), random.uniform(-25, -4)),
+        microphone=microphone + random.normal(0, 0.7, 9),
+        level=random.uniform(-6, 6),
     )
 
 
 def with_fault(random: np.random.Generator, sound: Sound, fault: str) -> Sound:
     if fault == "harmonics":
         change = np.zeros(HARMONICS)
-        change[random.choice(np.arange(1, 10), 3, replace=False)] = random.choice([-9, 9], 3)
+        change[random.choice(12, 3, replace=False)] = random.choice([-9, 9], 3)
         return sound._replace(harmonics=sound.harmonics + change)
     if fault == "knocks":
-        return sound._replace(knocks=(random.uniform(3, 6), random.uniform(0.8, 1.6)))
+        return sound._replace(knocks=(sound.knocks[0] * random.choice([0.7, 1.4]), sound.knocks[1] + 0.8))
     if fault == "modulation":
-        rate = sound.modulation[0] * random.choice([0.5, 2])
-        return sound._replace(modulation=(rate, random.uniform(0.5, 0.7)))
-    return sound._replace(pitch=sound.pitch * random.choice([0.95, 1.05]))
+        return sound._replace(modulation=(sound.modulation[0] * random.choice([0.5, 2]), sound.modulation[1] + 0.3))
+    return sound._replace(pitch=sound.pitch * random.choice([0.9, 1.1]))
 
 
 # ---------------------------------------------------------------- commands
@@ -184,11 +191,11 @@ WEIGHTS = ROOT / "tests" / "tiny_ast.pth"
 ROWS = {  # row of the table -> the flags of its command
     "as it is": "--pretrained",
     "frozen": "--tuning frozen",
-    "full": "--tuning full --ast-lr 1e-4",
+    "full": "--tuning full --ast-lr 2e-4",
     "LoRA": "--tuning lora --rank 8",
 }
-TRAINING = "--epochs 8 --batch-size 8 --lr 1e-3"  # the same in every row
-MACHINES = ["mill", "pump", "lathe", "winder", "press"]  # of --all
+TRAINING = "--epochs 10 --batch-size 8 --lr 2e-3 --freq-mask 20"  # the same in every row
+MACHINES = ["blower", "chiller", "press", "sander", "winder"]  # of --all; chosen before anything was trained on them
 SEEDS = [0, 1, 2]
 
 

@@ -18,14 +18,14 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import demo
 
 from backbone import Embedder, load_ast
-from data import SpecAug, fit_frames, list_clips, log_mel, normalise, read_wav
+from data import FRAME, HOP, SpecAug, fit_frames, list_clips, log_mel, normalise, read_wav
 from lora import LoRALinear, add_lora
 from score import nearest
 
 
 def show(where: str, symbol: str, x: torch.Tensor, more: str = "") -> torch.Tensor:
     shape = str(tuple(x.shape)).replace(",)", ")")
-    print(f"{where:38} {symbol:16} {shape:16} mean {x.mean():7.3f}  std {x.std():6.3f}  {more}".rstrip())
+    print(f"{where:40} {symbol:12} {shape:16} mean {x.mean():6.3f}  std {x.std(correction=0):5.3f}  {more}".rstrip())
     return x
 
 
@@ -39,9 +39,11 @@ def main(argv: list[str] | None = None) -> None:
     clip = args.clip or list_clips("data/demo", "fan", "test")[0].path
     torch.manual_seed(0)
 
-    wave = show("data.py: read_wav", "wave", read_wav(clip), f"{clip}")[None]
+    print(Path(clip).name)
+    wave = show("data.py: read_wav", "wave", read_wav(clip))[None]
+    show("data.py: filter_bank", "frame t", wave.unfold(1, FRAME, HOP))
     x = show("data.py: log_mel", "X[t, m]", log_mel(wave))
-    x = show("data.py: fit_frames", "", fit_frames(x))
+    x = show("data.py: fit_frames", "X, padded", fit_frames(x))
     x = show("data.py: normalise", "x", normalise(x))
     show("data.py: SpecAug", "in training", SpecAug(80, 80)(x))
 
@@ -62,16 +64,19 @@ def main(argv: list[str] | None = None) -> None:
         show(f"backbone.py: Block {i + 1} of {len(ast.blocks)}", "z", y, f"LoRA has moved it by {by:.1%}")
 
     hooks = [ast.blocks[i].register_forward_hook(lambda _, __, y, i=i: moved(i, y)) for i in shown]
-    adapted = show("backbone.py: AST", "tokens", ast(x), f"moved by {(ast(x) - tokens).norm() / tokens.norm():.1%}")
+    adapted = ast(x)
     for hook in hooks:
         hook.remove()
+    by = (adapted - tokens).norm() / tokens.norm()
+    show("backbone.py: AST", "tokens", adapted, f"LoRA has moved it by {by:.1%}")
     show("backbone.py: AttentiveStatisticsPooling", "pool(tokens)", model.pooling(adapted))
-    e = show("backbone.py: Embedder", "e", model(x), f"length {model(x).norm():.3f}")
+    e = model(x)
+    show("backbone.py: Embedder", "e", e, f"length {e.norm():.3f}")
     paths = [c.path for c in list_clips("data/demo", "fan", "train")[:8]]
     bank = torch.cat([model(normalise(fit_frames(log_mel(read_wav(path)[None])))) for path in paths])
     score = nearest(e.numpy(), bank.numpy())[0]
-    print(f"score.py: nearest                      1 - e_x · e_y    {score:.4f}, of {len(paths)} training clips;")
-    print(f"    nearest training clip: {paths[(e @ bank.T).argmax()].name}")
+    show("score.py: nearest", "score(x)", torch.tensor([score]), f"of {len(paths)} training clips")
+    print(f"nearest training clip: {paths[(e @ bank.T).argmax()].name}")
 
 
 if __name__ == "__main__":
