@@ -182,6 +182,29 @@ def test_every_name_is_a_machine_of_its_own_made_from_its_name(tmp_path):
     assert clips[0].path.read_bytes() != data.list_clips(tmp_path / "one", "valve", "train")[0].path.read_bytes()
 
 
+def test_the_made_up_faults_are_no_giveaway(tmp_path):
+    """Nearest neighbours on the loudness alone, or on the mean spectrum alone, stay below the pre-trained AST as it
+    is: official scores, on average over the demo's five machines, with half of their clips."""
+    ast = backbone.Embedder(backbone.load_ast(demo.WEIGHTS), "cls", None).eval()
+    totals = []
+    for machine in demo.MACHINES:
+        demo.make_machine(tmp_path, machine, n_train=48, n_test=12)
+        clips = {split: data.list_clips(tmp_path, machine, split) for split in ("train", "test")}
+        features = {"ast": {}, "mean spectrum": {}, "loudness": {}}
+        for split in clips:
+            waves = torch.stack([data.read_wav(clip.path) for clip in clips[split]])
+            x = data.spectrogram(waves, torch.full((len(waves),), waves.shape[1]))
+            with torch.inference_mode():
+                features["ast"][split] = torch.cat([ast(part) for part in x.split(8)])
+            features["mean spectrum"][split] = x[:, : data.count_frames(waves.shape[1])].mean(1)
+            features["loudness"][split] = waves.std(1, keepdim=True).log()
+        truth = ([c.is_anomaly for c in clips["test"]], [c.domain == "target" for c in clips["test"]])
+        scores = {name: torch.cdist(f["test"], f["train"]).min(1)[0].numpy() for name, f in features.items()}
+        totals.append({n: evaluate.official_score([evaluate.machine_metrics(s, *truth)]) for n, s in scores.items()})
+    means = {name: np.mean([total[name] for total in totals]) for name in totals[0]}
+    assert means["loudness"] < 0.6 and means["loudness"] < means["mean spectrum"] < means["ast"] - 0.01, means
+
+
 def numbers_of(out: str) -> list[tuple[str, ...]]:
     """The stages and shapes of a walk's output or of the README's."""
     return re.findall(r"^ *(\w+\.py): (\w+)(?: \d of \d)? +\S.*? (\(\d[\d, ]*\)) +mean", out, re.MULTILINE)
