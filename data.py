@@ -136,11 +136,13 @@ class Windows(torch.utils.data.Dataset):
     spaced ones in scoring. They start at multiples of the hop: cutting the wave is then cutting the spectrogram."""
 
     def __init__(self, clips: list["Clip"]):
-        self.clips = clips
+        self.clips, self.last = clips, (-1, None)  # the last clip read: its next window needs no second reading
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         index, start = item
-        return decode(self.clips[index].path)[start : start + WINDOW], index
+        if index != self.last[0]:
+            self.last = index, decode(self.clips[index].path)
+        return self.last[1][start : start + WINDOW], index
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
