@@ -121,7 +121,7 @@ class AttentiveStatisticsPooling(nn.Module):
         a = softmax over tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])      one weight per token and dimension
         out = [Σ a h,  √Σ a (h - Σ a h)²]
 
-    Source: ECAPA-TDNN (Desplanques et al. 2020, arXiv 2005.07143), equations 1 to 3 with the global
+    Source: ECAPA-TDNN (Desplanques et al. 2020, arXiv 2005.07143), equations 1 to 4 with the global
     context of their section 3.1; without its batch normalisation.
     """
 
@@ -140,7 +140,7 @@ class AttentiveStatisticsPooling(nn.Module):
         a = self.weights(torch.tanh(self.hidden_of_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
         mean = (a * h).sum(dim=1)
         variance = (a * (h - mean[:, None]).square()).sum(dim=1)
-        return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1)  # √ has no finite slope at 0
+        return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1)  # √ is infinitely steep at 0
 
 
 class Embedder(nn.Module):

@@ -1,12 +1,13 @@
 """From WAV files to what the network sees, and from file names to labels.
 
     wave (n_samples,) 16 kHz in [-1, 1]
-      -> log_mel       X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])      (T frames, F = 128 mel bins)
+      -> log_mel       X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])      (T frames, 128 mel bins)
       -> fit_frames    zeros up to T = 1024 frames, or cut                      (1024, 128)
       -> normalise     (X + 4.268) / (2 · 4.569)                                (1024, 128)
       -> SpecAug       in training: one random stripe of time and one of frequency set to 0
 
-Frame t is 25 ms long and starts at t · 10 ms; M are triangular mel filters; ε is float32's 1.19e-7.
+Frame t is 25 ms from t · 10 ms on, less its mean, pre-emphasised and windowed; M are triangular mel filters; ε is
+float32's 1.19e-7.
 
 The folder layout is the challenge's, `<data>/<machine>/{train,test}/*.wav`; labels are read from the file
 names. The command fetches and verifies a machine of DCASE2023 Task 2:
@@ -68,7 +69,7 @@ def filter_bank(frames: Tensor) -> Tensor:
 
 
 def fit_frames(x: Tensor, n: int = N_FRAMES) -> Tensor:
-    """Pad with zeros or cut (B, T, F) to (B, n, F); as in AST before `normalise`, so a padded frame is 0.467."""
+    """Pad with zeros or cut (B, T, F) to (B, n, F); as in AST before `normalise`: padding then becomes 0.467."""
     return torch.nn.functional.pad(x, (0, 0, 0, n - x.shape[1]))  # a negative pad cuts
 
 
@@ -81,7 +82,7 @@ def spectrogram(waves: Tensor, lengths: Tensor) -> Tensor:
     """What the AST takes: waves (B, n_samples) int16 or float, with their lengths (B,), -> (B, 1024, 128)."""
     x = fit_frames(log_mel(to_float(waves)))
     padding = torch.arange(N_FRAMES, device=x.device) >= count_frames(lengths)[:, None]  # (B, T)
-    # A clip shorter than its batch has zero *samples* there, whose log-mel is -15.9: make them zero *frames*.
+    # After its end a clip has zero *samples* up to the batch's length, log-mel -15.9: make them zero *frames*.
     return normalise(x.masked_fill(padding[:, :, None], 0))
 
 
@@ -132,8 +133,11 @@ def window_starts(n_samples: int) -> list[int]:
 
 
 class Windows(torch.utils.data.Dataset):
-    """item (index of a clip, first sample) -> (at most 164,080 samples, index); random windows in training, evenly
-    spaced ones in scoring. They start at multiples of the hop: cutting the wave is then cutting the spectrogram."""
+    """item (index of a clip, first sample) -> (at most 164,080 samples, index).
+
+    The items are drawn at random by train.draw_batches and evenly spaced by score.embed, at multiples of the hop:
+    cutting the wave is then the same as cutting the spectrogram.
+    """
 
     def __init__(self, clips: list["Clip"]):
         self.clips, self.last = clips, (-1, None)  # the last clip read: its next window needs no second reading
@@ -163,7 +167,7 @@ def read_wav(path: str | Path) -> Tensor:
 
 
 def decode(path: str | Path) -> Tensor:
-    """The same, but 16-bit samples that are mono and 16 kHz already stay int16."""
+    """Mono 16 kHz samples (n_samples,): int16 where the file holds just that, float32 in [-1, 1] otherwise."""
     rate, samples = read_samples(path)  # (n,) or (n, channels)
     if rate == SAMPLE_RATE and samples.dtype == np.int16 and samples.ndim == 1:
         return torch.from_numpy(samples)

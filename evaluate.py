@@ -25,7 +25,7 @@ from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 
 ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}  # of the official score
-EPS = sys.float_info.epsilon  # where the official code divides by zero, it divides by this
+EPS = sys.float_info.epsilon  # the official code's guard: 0 / 0 is then 0
 
 
 def machine_metrics(
@@ -34,7 +34,7 @@ def machine_metrics(
     """All figures of one machine, from its test clips: arrays (n,), anything that numpy takes as float and bool.
 
     -> auc_source, auc_target, pauc, precision_source, ..., f1_target in [0, 1]; NaN where a figure is
-    undefined (no normal clip in the domain, no anomaly, no clip of the domain, no decisions).
+    undefined (an AUC without normal clips or without anomalies; the others without clips or decisions).
     """
     scores = np.asarray(scores, float)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)

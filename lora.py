@@ -43,8 +43,8 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). It must see in as the second
-        # dimension: on a transposed A it would read rank as the fan-in and be far too wide.
+        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). A must be (rank, in) for that: of a transposed
+        # A it would take rank for the fan-in and be far too wide.
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:

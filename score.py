@@ -4,14 +4,14 @@
     score(x) = mean of the k smallest d(x, y) over the bank of training clips y          (k = 1)
     decision(x) = score(x) > 90th percentile of the training clips' own scores
 
-A training clip is its own nearest neighbour, so its own score leaves itself out. A machine has many source
-and few target clips, and distances are not alike in both; --normalize says what is done about that:
+The trained model's adapters are merged, then: embed -> anomaly_scores -> decide. A training clip is its own nearest
+neighbour, so its own score leaves itself out. Distances differ between the many source and the few target clips;
+--normalize corrects for it:
 
-    none      one bank of all training clips
-    train     a bank per domain, (score - μ) / σ with μ, σ of that bank's leave-one-out scores; the smaller one
-              (ours: what the next one does, without the test clips)
-    test      the same with μ, σ of the test clips' scores: TRANSDUCTIVE, it looks at the whole test set
-              (the lab's released RMIS back-end)
+    none      one bank of all training clips, no correction
+    test      a bank per domain, (score - μ) / σ with μ, σ of the test clips' scores, the smaller of the two:
+              TRANSDUCTIVE, it looks at the whole test set (the lab's released RMIS back-end)
+    train     the same with μ, σ of the bank's own leave-one-out scores (ours: needs no test clips)
     density   one bank, d(x, y) / ρ(y), ρ(y) = mean distance of y to its 4 nearest training clips
               (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
@@ -25,12 +25,12 @@ them, nearest_*.csv (for each test clip the nearest training clip), embeddings_*
 import numpy as np
 import torch
 import torch.nn.functional as F
+from scipy.ndimage import uniform_filter1d
 from sklearn.neighbors import NearestNeighbors
 
 import data
-from backbone import Embedder, load_ast
-from data import HOP, N_MELS, SAMPLE_RATE, Clip, list_clips, log_mel, spectrogram, window_starts
-from lora import merge_lora
+from backbone import Embedder
+from data import Clip, spectrogram, window_starts
 
 DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end (k_ref_normalize)
 SMOTE_NEIGHBOURS = 2  # as in ASDKit
@@ -41,10 +41,13 @@ SMOTE_NEIGHBOURS = 2  # as in ASDKit
 
 @torch.inference_mode()
 def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int = 0) -> np.ndarray:
-    """(len(clips), D) float32, of unit length; a clip longer than 1024 frames is the mean of its windows.
+    """(len(clips), D) float32, of unit length; a clip longer than 1024 frames is the mean of its windows, rescaled.
 
-    lengths  of the clips in samples. In float32 on every device: bf16 would move distances by up to 3 %.
+    lengths  of the clips in samples
+
+    In float32 on every device: bf16 would move distances by up to 3 %.
     """
+    model.eval()
     device = model.ast.pos_embed.device
     windows = [[(index, start) for start in window_starts(n_samples)] for index, n_samples in enumerate(lengths)]
     at_once = max(1, batch_size // max(map(len, windows)))  # a clip's windows stay in one batch: it is read once
@@ -67,7 +70,7 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int = 1, density: np.ndarr
     """Mean of the k smallest distances of each query to the bank: rows of unit length (m, D), (n, D) -> (m,).
 
     density (n,): d(x, y) is divided by density[y]
-    own (m,): the row of the bank that is query i itself, no neighbour of it; -1 for none
+    own (m,): the row of the bank that is query i itself and is left out; -1 for none
     ValueError: fewer than k clips to choose from.
     """
     alone = own is not None and (own >= 0).any()
@@ -75,7 +78,7 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int = 1, density: np.ndarr
         raise ValueError(f"{k} nearest neighbours need at least {k + alone} training clips, not {len(bank)}")
     scores = []
     for i in range(0, len(queries), 1000):  # in chunks: 100,000 clips need no 100,000² matrix
-        d = (1 - queries[i : i + 1000] @ bank.T).clip(min=0)  # (chunk, n); rounding may pass 0
+        d = (1 - queries[i : i + 1000] @ bank.T).clip(min=0)  # (chunk, n); rounding may go below 0
         if density is not None:
             d /= density
         if own is not None:
@@ -121,7 +124,7 @@ def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None
     if normalize in ("none", "density"):
         bank, density = np.concatenate([train, synthetic]), np.ones(n + len(synthetic), np.float32)
         if normalize == "density":
-            density = nearest(bank, bank, DENSITY_K, own=np.arange(len(bank))).clip(min=1e-6)  # of equal clips
+            density = nearest(bank, bank, DENSITY_K, own=np.arange(len(bank))).clip(min=1e-6)  # 0 for copies
         return nearest(test, bank, k, density), nearest(train, train, k, density[:n], own=np.arange(n))
 
     of_test, of_train = [], []
@@ -147,8 +150,8 @@ def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None
 def decide(scores: np.ndarray, train_scores: np.ndarray) -> tuple[np.ndarray, float]:
     """-> (decisions (m,) bool, threshold): above the 90th percentile of the training clips' own scores.
 
-    The model was trained on those clips, so they lie closer together than clips it has not heard: the
-    threshold is low, and more than one in ten normal test clips exceed it.
+    A trained model has heard those clips, and draws them together: the threshold is low, and more than one in ten
+    of the normal clips that it has not heard exceed it.
     """
     threshold = np.percentile(train_scores, 90)
     return scores > threshold, threshold
@@ -166,6 +169,9 @@ from pathlib import Path
 
 import backbone
 import train
+from backbone import load_ast
+from data import HOP, N_MELS, SAMPLE_RATE, list_clips, log_mel
+from lora import merge_lora
 
 # Embeddings that are kept
 
@@ -269,41 +275,48 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
     """All scores, and for the three highest: the clip, its nearest training clip, and where it is louder."""
     from matplotlib.figure import Figure  # optional: see requirements.txt
 
-    order = scores.argsort(kind="stable")
-    figure = Figure(figsize=(14, 3.4 + 2.5 * min(3, len(clips))), layout="constrained")
-    grid = figure.add_gridspec(1 + min(3, len(clips)), 3, height_ratios=[1.2] + [1] * min(3, len(clips)))
+    order, shown = scores.argsort(kind="stable"), min(3, len(clips))
+    figure = Figure(figsize=(14, 3.4 + 2.4 * shown), layout="constrained")
+    grid = figure.add_gridspec(1 + shown, 3, height_ratios=[1.3] + [1] * shown)
     top = figure.add_subplot(grid[0, :])
     if all(clip.is_anomaly is not None for clip in clips):
-        kinds = ["anomaly, by its name" if clip.is_anomaly else "normal, by its name" for clip in clips]
+        kinds = ["labelled anomaly" if clip.is_anomaly else "labelled normal" for clip in clips]
     else:
         kinds = [clip.domain or "test clip" for clip in clips]
-    for kind, colour in zip(sorted(set(kinds), reverse=True), ("tab:blue", "tab:red"), strict=False):
+    for kind, colour in zip(sorted(set(kinds), reverse=True), ("tab:green", "tab:orange"), strict=False):
         ranks = [rank for rank, i in enumerate(order) if kinds[i] == kind]
         top.plot(ranks, scores[order[ranks]], "o", markersize=4, color=colour, label=f"{kind} ({len(ranks)})")
-    top.axhline(threshold, color="black", linestyle="--", label="threshold: what lies above is reported as anomalous")
-    top.set(title=f"{clips[0].machine}: anomaly scores of {len(clips)} test clips, lowest to highest",
-            xlabel="test clips in order of score", ylabel="distance to normal")  # fmt: skip
+    above = (scores > threshold).sum()
+    top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}: {above} clips lie above")
+    for place in range(1, shown + 1):
+        xy = (len(order) - place, scores[order[-place]])
+        top.annotate(f"no. {place}", xy, (-36, 0), textcoords="offset points", fontsize=8, va="center")
+    top.set(title=f"{clips[0].machine}: {len(clips)} test clips in order of their anomaly score; the highest below",
+            ylabel="distance to normal")  # fmt: skip
     top.legend(loc="upper left")
+
     hz = np.array([250, 500, 1000, 2000, 4000, 7500])
     low, high = (1127 * np.log(1 + f / 700) for f in (20, 8000))
     bins = (1127 * np.log(1 + hz / 700) - low) / (high - low) * (N_MELS + 1) - 1
-    for row, i in enumerate(order[::-1][:3], 1):
-        clip, near = decibels(clips[i]), decibels(neighbours[i])
+    pairs = [(decibels(clips[i]), decibels(neighbours[i])) for i in order[::-1][:shown]]
+    every = np.concatenate([x for pair in pairs for x in pair])
+    loudness = {"vmin": np.percentile(every, 2), "vmax": np.percentile(every, 99.9), "cmap": "magma"}
+    for row, (i, (clip, near)) in enumerate(zip(order[::-1], pairs, strict=False), 1):
         n = min(len(clip), len(near))
-        smooth = np.apply_along_axis(np.convolve, 0, clip[:n] - near[:n], np.full(50, 1 / 50), "same")
-        loud = {"vmin": np.percentile(near, 2), "vmax": max(clip.max(), near.max()), "cmap": "magma"}
-        for column, (x, title, scale) in enumerate((
-            (clip, f"no. {row}, score {scores[i]:.3g}\n{clips[i].path.name}", loud),
-            (near, f"nearest normal training clip\n{neighbours[i].path.name}", loud),
-            (smooth, "difference, over 0.5 s\nred: louder than normal, blue: quieter",
-             {"vmin": -12, "vmax": 12, "cmap": "RdBu_r"}),
-        )):  # fmt: skip
+        smooth = uniform_filter1d(clip[:n] - near[:n], 50, axis=0, mode="nearest")
+        names = (f"no. {row}, score {scores[i]:.3g}\n{clips[i].path.name}",
+                 f"its nearest normal training clip\n{neighbours[i].path.name}",
+                 "difference, over 0.5 s\nred: louder than that clip, blue: quieter")  # fmt: skip
+        for column, (x, name) in enumerate(zip((clip, near, smooth), names, strict=True)):
             axes = figure.add_subplot(grid[row, column])
+            scale = loudness if column < 2 else {"vmin": -20, "vmax": 20, "cmap": "RdBu_r"}
             extent = (0, len(x) * HOP / SAMPLE_RATE, -0.5, N_MELS - 0.5)
             image = axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, **scale)
-            axes.set_title(title, fontsize=7)
-            axes.set(yticks=bins, yticklabels=hz / 1000, xlabel="seconds", ylabel="kHz")
-            figure.colorbar(image, label="dB")
+            axes.set_title(name, fontsize=7.5)
+            axes.set(yticks=bins, yticklabels=hz / 1000, ylabel="kHz (mel scale)" if column == 0 else None,
+                     xlabel="seconds" if row == shown else None)  # fmt: skip
+            if column:
+                figure.colorbar(image, label="dB", extend="both")
     with data.whole_file(path) as file:
         figure.savefig(file, format="png", dpi=80)
 

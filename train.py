@@ -8,11 +8,14 @@ machine is an anomaly (score.py). For a clip x of class y, with unit-length embe
     loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])       ArcFace
                                                      s = scale, m = margin, C classes
 
-Trained are the LoRA matrices, the pooling, the linear layer and the class centres; the AST stays frozen.
+Trained are the LoRA matrices, the pooling, the linear layer and the class centres; the AST stays frozen. By default
+rank 64 on q and v of all blocks, attentive statistics to 256 dimensions, s = 30, m = 0.2, SpecAug up to 80 frames and
+80 bins, AdamW at 1e-4 after a warm-up, 25 epochs in batches of 32: -h and README.md say where each value comes from.
 
     python train.py --machine fan            # or several machines, dev, eval, all; -h lists the parameters
 
-writes the run folder runs/fan: args.json, log.csv, last.pt (for --resume), adapter.pt (what was trained).
+writes the run folder runs/fan: args.json, log.csv, last.pt (for --resume), adapter.pt (what was trained, without
+the class centres, which scoring does not need).
 """
 
 import argparse
@@ -34,7 +37,7 @@ from lora import add_lora, count_parameters, load_trained_state, trained_state
 class ArcFace(nn.Module):
     """Additive angular margin (Deng et al. 2019, arXiv 1801.07698, equation 3); one centre a class.
 
-    scale  s, the logits' range is [-s, s];  margin  m in radians, 0 <= m < π/2
+    scale  s;  margin  m in radians, 0 <= m < π/2
     forward: unit-length embeddings (B, dim), labels (B,) -> logits (B, classes), for cross-entropy.
     """
 
@@ -72,9 +75,9 @@ def make_model(args: argparse.Namespace) -> Embedder:
 
 
 def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace) -> torch.optim.AdamW:
-    """AdamW; the head has the same rate whatever of the AST is trained, so that the three can be compared."""
+    """AdamW; the head has the same rate under every --tuning, so that lora, full and frozen can be compared."""
     head = [*model.pooling.parameters(), *model.linear.parameters(), *arcface.parameters()]
-    groups = [{"params": head, "lr": args.lr}]  # starts at random
+    groups = [{"params": head, "lr": args.lr}]
     if args.tuning != "frozen":
         in_ast = [p for p in model.ast.parameters() if p.requires_grad]
         groups.append({"params": in_ast, "lr": args.ast_lr if args.tuning == "full" else args.lr})
@@ -92,7 +95,7 @@ def warm_up(step: int, warmup: int) -> float:
 
 
 def epoch_seeds(seed: int, epoch: int) -> tuple[int, int]:
-    """(for the batches, for masks and dropout): all randomness of an epoch, so a resumed run needs no more."""
+    """(for the batches, for masks and dropout): all randomness of an epoch, so a resumed run repeats it."""
     return 1_000_000 * seed + 2 * epoch, 1_000_000 * seed + 2 * epoch + 1
 
 
@@ -111,9 +114,10 @@ def draw_batches(lengths: list[int], batch_size: int, seed: int) -> list[list[tu
 def train_epoch(model, arcface, optimizer, augment, labels, batches, steps, step, warmup, progress) -> tuple:
     """Every clip once; -> (number of the last step, mean loss, accuracy), the last two over this epoch's clips.
 
-    batches  yields (waves, lengths, clip indices), as data.collate makes them, in the order of `steps`
-    steps    for each optimizer step the sizes of the batches whose gradients it takes together
-    labels   (n,) class of each clip, on the device;  step  number of the last step before this epoch
+    labels   (n,) class of each clip, on the device
+    batches  yields (waves, lengths, clip indices), as data.collate makes them
+    steps    one list for each optimizer step: the sizes of the batches whose gradients it takes together
+    step     number of the last step before this epoch;  warmup  steps of it
     """
     model.train()
     device, totals, seen = labels.device, torch.zeros(2, dtype=torch.float64), 0
@@ -168,7 +172,7 @@ def train(args: argparse.Namespace) -> None:
     trainable, total = count_parameters(model)
     print(f"{trainable + arcface.centres.numel():,} trainable parameters, {total:,} in the model")
     print(f"{n_steps:,} steps in {args.epochs} epochs, of which {warmup} warm up")
-    lengths = data.check_clips(clips)
+    lengths = data.check_clips(clips)  # in samples
 
     model, arcface = model.to(device), arcface.to(device)
     optimizer = make_optimizer(model, arcface, args)

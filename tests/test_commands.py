@@ -207,7 +207,7 @@ def test_the_made_up_faults_are_no_giveaway(tmp_path):
 
 def numbers_of(out: str) -> list[tuple[str, ...]]:
     """The stages and shapes of a walk's output or of the README's."""
-    return re.findall(r"^ *(\w+\.py): (\w+)(?: \d of \d)? +\S.*? (\(\d[\d, ]*\)) +mean", out, re.MULTILINE)
+    return re.findall(r"^ *(\w+\.py): (\w+)(?: \d of \d| takes)? +\S.*? (\(\d[\d, ]*\)) +mean", out, re.MULTILINE)
 
 
 def test_the_walk_goes_through_the_real_code_and_the_readme_shows_its_shapes(tmp_path, monkeypatch, capsys):

@@ -3,8 +3,8 @@
     python tests/walk.py                                  # a made-up clip, the tiny AST
     python tests/walk.py CLIP.wav --weights weights/ast.safetensors
 
-Made with the public functions and forward hooks, so that it cannot say anything else than they do. B moves away from
-its zero here as if it had been trained, or the adapters would show no effect.
+Made with the public functions and forward hooks, so that it cannot say anything else than they do. The shapes are
+what a trained model has; pooling, linear layer and adapters are random, with B moved away from its zero.
 """
 
 import argparse
@@ -39,13 +39,14 @@ def main(argv: list[str] | None = None) -> None:
     clip = args.clip or list_clips("data/demo", "fan", "test")[0].path
     torch.manual_seed(0)
 
-    print(Path(clip).name)
+    print(f"{Path(clip).name}; random adapters and head: shapes as after training, values not")
+    print(f"{'where':40} {'what':12} {'shape':16} mean and standard deviation")
     wave = show("data.py: read_wav", "wave", read_wav(clip))[None]
-    show("data.py: filter_bank", "frame t", wave.unfold(1, FRAME, HOP))
+    show("data.py: filter_bank takes", "frame t", wave.unfold(1, FRAME, HOP))
     x = show("data.py: log_mel", "X[t, m]", log_mel(wave))
     x = show("data.py: fit_frames", "X, padded", fit_frames(x))
     x = show("data.py: normalise", "x", normalise(x))
-    show("data.py: SpecAug", "in training", SpecAug(80, 80)(x))
+    show("data.py: SpecAug", "in training", SpecAug(80, 80)(x), "not passed on here")
 
     model = Embedder(load_ast(args.weights).eval(), "asp", 256)
     ast, shown = model.ast, [0, len(model.ast.blocks) - 1]
@@ -72,11 +73,11 @@ def main(argv: list[str] | None = None) -> None:
     show("backbone.py: AttentiveStatisticsPooling", "pool(tokens)", model.pooling(adapted))
     e = model(x)
     show("backbone.py: Embedder", "e", e, f"length {e.norm():.3f}")
-    paths = [c.path for c in list_clips("data/demo", "fan", "train")[:8]]
-    bank = torch.cat([model(normalise(fit_frames(log_mel(read_wav(path)[None])))) for path in paths])
-    score = nearest(e.numpy(), bank.numpy())[0]
-    show("score.py: nearest", "score(x)", torch.tensor([score]), f"of {len(paths)} training clips")
-    print(f"nearest training clip: {paths[(e @ bank.T).argmax()].name}")
+    paths = sorted((Path(clip).parent.parent / "train").glob("*.wav"))[:8]
+    if paths:
+        bank = torch.cat([model(normalise(fit_frames(log_mel(read_wav(path)[None])))) for path in paths])
+        show("score.py: nearest", "score(x)", torch.from_numpy(nearest(e.numpy(), bank.numpy())))
+        print(f"nearest training clip, of {len(paths)}: {paths[(e @ bank.T).argmax()].name}")
 
 
 if __name__ == "__main__":
