@@ -84,15 +84,15 @@ def read_csv(path: Path, number: type) -> dict[str, float]:
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         for line, row in enumerate(csv.reader(file), 1):
             try:
-                name, value = row
-                rows.setdefault(name, []).append(number(value))
+                name, text = row
+                value = number(text)
             except ValueError as error:
                 raise ValueError(f"{path}, line {line}: {','.join(row)!r} is not name,{number.__name__}") from error
-    if doubled := [name for name, values in rows.items() if len(values) > 1]:
-        raise ValueError(f"{path}: {doubled[0]} stands there {len(rows[doubled[0]])} times")
-    if bad := [name for name, (value,) in rows.items() if not math.isfinite(value)]:
-        raise ValueError(f"{path}: {bad[0]} has the value {rows[bad[0]][0]}")
-    return {name: value for name, (value,) in rows.items()}
+            if name in rows or not math.isfinite(value):
+                what = "stands there twice" if name in rows else f"has the value {value}"
+                raise ValueError(f"{path}, line {line}: {name} {what}")
+            rows[name] = value
+    return rows
 
 
 def read_01(path: Path, names: list[str]) -> np.ndarray:

@@ -161,15 +161,15 @@ def test_an_unbalanced_evaluation_machine_from_ground_truth_files_to_every_figur
     """Worked by hand; source and target differ in every figure, so a swap of either file's columns shows.
 
     name   0    1    2    3    4    5    6    7
-    score  .1   .2   .6   .9   .3   .7   .8   .4     decision: > 0.5
+    score  .1   .2   .6   .9   .3   .7   .8   .4
     domain s    s    s    s    s    t    t    t
     label  n    n    n    a    a    n    a    a
 
     Source: normals .1 .2 .6 against anomalies .9 .3 .8 .4: 4 + 4 + 2 of 12 pairs are ordered right = 10/12.
     Target: normal .7 against the same: 2 of 4. pAUC: the normals are .7 .6 .2 .1; above .7 lie 2 of 4 anomalies, so
     the area up to 0.1 is 0.1 · 1/2; McClish: 1/2 (1 + (0.05 - 0.005) / 0.095) = 0.7368421.
-    Decisions, source: .6 and .9 are called anomalies, .9 and .3 are: precision 1/2, recall 1/2, F1 1/2. Target: .7
-    and .8 are called, .8 and .4 are: the same, but for a clip more: 1/2, 1/2, 1/2; with .4 decided too: 2/3, 1, 4/5.
+    Decisions, source: .6 and .9 are called anomalies, .9 and .3 are: precision 1/2, recall 1/2, F1 1/2. Target: all
+    three are called, .8 and .4 are: precision 2/3, recall 1, F1 4/5.
     """
     scores = [0.1, 0.2, 0.6, 0.9, 0.3, 0.7, 0.8, 0.4]
     names = [f"section_00_{i:04}.wav" for i in range(8)]
@@ -201,7 +201,7 @@ def test_ground_truth_is_joined_by_name_not_by_row(bandsaw, tmp_path):
     ("change", "message"),
     [
         (lambda rows: rows[:-1], "has no row for section_00_0000.wav \\(1 missing\\)"),
-        (lambda rows: [*rows, rows[1]], "section_00_0001.wav stands there 2 times"),
+        (lambda rows: [*rows, rows[1]], "section_00_0001.wav stands there twice"),
         (lambda rows: [*rows, ("section_00_0009.wav", 1)], "rows that were not scored: section_00_0009.wav"),
         (lambda rows: [*rows[:-1], (rows[-1][0], 2)], "section_00_0000.wav is 2, not 0 or 1"),
         (lambda rows: [*rows[:-1], (rows[-1][0], "normal")], "line 4: 'section_00_0000.wav,normal' is not name,int"),
@@ -225,7 +225,7 @@ def test_missing_ground_truth_says_how_to_fetch_it(tmp_path):
     ("rows", "message"),
     [
         ([("a.wav", "nan"), ("b.wav", 1)], "a.wav has the value nan"),
-        ([("a.wav", 1), ("a.wav", 2)], "a.wav stands there 2 times"),
+        ([("a.wav", 1), ("a.wav", 2)], "a.wav stands there twice"),
         ([("a.wav", "x")], "line 1"),
         ([("a.wav", 1, 2)], "line 1"),
     ],
