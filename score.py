@@ -290,8 +290,8 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
     top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}: {above} clips lie above")
     for place in range(1, shown + 1):
         xy = (len(order) - place, scores[order[-place]])
-        top.annotate(f"no. {place}", xy, (-36, 0), textcoords="offset points", fontsize=8, va="center")
-    top.set(title=f"{clips[0].machine}: {len(clips)} test clips in order of their anomaly score; the highest below",
+        top.annotate(str(place), xy, (0, 6), textcoords="offset points", fontsize=8, ha="center")
+    top.set(title=f"{clips[0].machine}: {len(clips)} test clips by anomaly score; 1 to {shown} are drawn below",
             ylabel="distance to normal")  # fmt: skip
     top.legend(loc="upper left")
 
