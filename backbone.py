@@ -164,7 +164,6 @@ class Embedder(nn.Module):
 
 # -------------------------------------------- plumbing: nothing below is in the paper
 
-import argparse
 import io
 import json
 import pickle
@@ -320,7 +319,7 @@ def fetch_weights(path: str | Path = WEIGHTS) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
-    parser = argparse.ArgumentParser("backbone.py", argparse.SUPPRESS, about, allow_abbrev=False)
+    parser = data.make_parser("backbone.py", about)
     parser.add_argument("--weights", default=WEIGHTS, help="where they are (%(default)s, fetched if missing)")
     args = parser.parse_args(argv)
     with data.one_line_errors(parser):

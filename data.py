@@ -368,6 +368,15 @@ def make_loader(clips: list["Clip"], batches: list, workers: int, device: torch.
     )
 
 
+def make_parser(prog: str, about: str) -> argparse.ArgumentParser:
+    """A line a flag in -h; an error is one line, without the list of all flags before it."""
+
+    def wide(prog: str) -> argparse.HelpFormatter:
+        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118)
+
+    return argparse.ArgumentParser(prog, argparse.SUPPRESS, about, allow_abbrev=False, formatter_class=wide)
+
+
 WORKER_KILLED = (
     "a process that reads WAV files was killed, mostly for want of shared memory; give the container more "
     "(docker run --shm-size=1g), or read without such processes: --workers 0"
@@ -615,7 +624,7 @@ def prepare(machines: list[str], root: str | Path, split: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch, verify and unpack machines of DCASE2023 Task 2: python data.py --machine fan"
-    parser = argparse.ArgumentParser("data.py", argparse.SUPPRESS, about, allow_abbrev=False)
+    parser = make_parser("data.py", about)
     parser.add_argument("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
     parser.add_argument("--data", default="data", metavar="DIR", help="where to (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -67,7 +67,6 @@ def official_score(machines: list[dict[str, float]]) -> float:
 
 # -------------------------------------------- plumbing: nothing below is in the paper
 
-import argparse
 import csv
 import json
 import re
@@ -238,8 +237,7 @@ def main(argv: list[str] | None = None) -> None:
 
   python evaluate.py --machine fan
   python evaluate.py --machine all --run runs/lora-seed0 runs/lora-seed1     mean ± standard deviation"""
-    parser = argparse.ArgumentParser("evaluate.py", argparse.SUPPRESS, about, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = data.make_parser("evaluate.py", about)
     # fmt: off
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")

@@ -332,8 +332,7 @@ def make_parser() -> argparse.ArgumentParser:
 
   python score.py --machine fan                  with the model that train.py left in runs/fan
   python score.py --machine pump --pretrained    with the AST as it is: no training, no labels"""
-    parser = argparse.ArgumentParser("score.py", argparse.SUPPRESS, about, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = data.make_parser("score.py", about)
     # fmt: off
     add = parser.add_argument_group("what is scored").add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all; of the run's")

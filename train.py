@@ -418,6 +418,7 @@ def workers_for(args: argparse.Namespace) -> int:
 
 TUNING = ["lora", "full", "frozen"]
 LAYERS = ["q", "k", "v", "proj", "fc1", "fc2"]
+TARGETS_HELP = "layers with LoRA, any of q k v proj fc1 fc2 (q v) [ASDKit; paper: v matters most]"
 WARMUP_HELP = """steps up to those rates, at most a tenth of the run, so more of them where a run is resumed with more
 epochs; a step once taken stays taken (%(default)s) [same lab]"""
 
@@ -426,11 +427,10 @@ def make_parser() -> argparse.ArgumentParser:
     about = """Train on normal sounds.
 
   python train.py --machine fan                  one machine, into runs/fan
-  python train.py --machine all --seed 1         one model of all 14 machines, as the paper does
+  python train.py --machine all --seed 1         one joint model of all 14 machines
 
 Behind each default stands where it comes from: [paper], [same lab], [ASDKit], [our choice]; see README.md."""
-    parser = argparse.ArgumentParser("train.py", argparse.SUPPRESS, about, allow_abbrev=False,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser = data.make_parser("train.py", about)
     rate = at_least(1e-12, float)
     # fmt: off
     add = parser.add_argument_group("data and weights").add_argument
@@ -438,14 +438,14 @@ Behind each default stands where it comes from: [paper], [same lab], [ASDKit], [
     add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="the AST's public weights (%(default)s)")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--tuning", default="lora", choices=TUNING, help="adapters, all, nothing (%(default)s) [paper]")
+    add("--tuning", default="lora", choices=TUNING, help="train adapters, the whole AST, nothing of it (%(default)s) [paper]")
     add("--rank", type=at_least(1), default=64, help="r (%(default)s) [paper]")
     add("--alpha", type=at_least(1e-9, float), help="the update is scaled by alpha/rank (= rank, so 1) [our choice]")
     add("--dropout", type=at_least(0, float), default=0.0, help="on the update's input (%(default)s) [ASDKit]")
-    add("--targets", nargs="+", default=["q", "v"], choices=LAYERS, help="layers with LoRA (q v) [ASDKit]")
+    add("--targets", nargs="+", default=["q", "v"], choices=LAYERS, metavar="LAYER", help=TARGETS_HELP)
     add("--layers", type=layer_list, default=None, help="blocks that get LoRA: all, 8-11, 0,5 (all) [paper]")
     add = parser.add_argument_group("head").add_argument
-    add("--pooling", default="asp", choices=["cls", "asp"], help="of which tokens (%(default)s) [same lab]")
+    add("--pooling", default="asp", choices=["cls", "asp"], help="class tokens, patch statistics (%(default)s) [same lab]")
     add("--embedding", type=at_least(1), default=256, help="dimensions (%(default)s) [ASDKit]")
     add = parser.add_argument_group("ArcFace").add_argument
     add("--scale", type=at_least(1e-9, float), default=30.0, help="s (%(default)s) [same lab]")
