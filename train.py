@@ -438,14 +438,14 @@ Behind each default stands where it comes from: [paper], [same lab], [ASDKit], [
     add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="the AST's public weights (%(default)s)")
     add = parser.add_argument_group("LoRA").add_argument
-    add("--tuning", default="lora", choices=TUNING, help="train adapters, the whole AST, nothing of it (%(default)s) [paper]")
+    add("--tuning", default="lora", choices=TUNING, help="train adapters, all of the AST, none (%(default)s) [paper]")
     add("--rank", type=at_least(1), default=64, help="r (%(default)s) [paper]")
     add("--alpha", type=at_least(1e-9, float), help="the update is scaled by alpha/rank (= rank, so 1) [our choice]")
     add("--dropout", type=at_least(0, float), default=0.0, help="on the update's input (%(default)s) [ASDKit]")
     add("--targets", nargs="+", default=["q", "v"], choices=LAYERS, metavar="LAYER", help=TARGETS_HELP)
     add("--layers", type=layer_list, default=None, help="blocks that get LoRA: all, 8-11, 0,5 (all) [paper]")
     add = parser.add_argument_group("head").add_argument
-    add("--pooling", default="asp", choices=["cls", "asp"], help="class tokens, patch statistics (%(default)s) [same lab]")
+    add("--pooling", default="asp", choices=["cls", "asp"], help="class tokens, or patches (%(default)s) [same lab]")
     add("--embedding", type=at_least(1), default=256, help="dimensions (%(default)s) [ASDKit]")
     add = parser.add_argument_group("ArcFace").add_argument
     add("--scale", type=at_least(1e-9, float), default=30.0, help="s (%(default)s) [same lab]")

@@ -264,6 +264,16 @@ def test_the_same_seed_gives_the_same_bytes_and_another_one_others(small):
     assert results(run("--overwrite", "--seed", "1"))["adapter.pt"] != first["adapter.pt"]
 
 
+def test_dropout_acts_in_training_and_not_in_scoring(small):
+    small_machines("fan")
+    plain_ = results(run("--warmup", "0"))["adapter.pt"]
+    assert results(run("--warmup", "0", "--dropout", "0.5", "--overwrite"))["adapter.pt"] != plain_
+    clips = list_clips("data", "fan", "test")
+    model, _ = load_run("runs/fan")
+    rows = [score.embed(model.train(), clips, data.check_clips(clips), batch_size=4) for _ in range(2)]
+    np.testing.assert_array_equal(*rows)
+
+
 def test_workers_do_not_change_the_result(small):
     small_machines("fan")
     first = results(run())
