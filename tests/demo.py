@@ -2,12 +2,12 @@
 
     python tests/demo.py                    # one machine: the AST as it is, then adapted with LoRA
     python tests/demo.py --machine pump     # any name is a machine of its own
-    python tests/demo.py --all              # five machines x three seeds x four rows, half an hour
+    python tests/demo.py --all              # five machines x three seeds x four rows, up to an hour
 
 Writes the sounds of a machine to data/demo/<name> in the challenge's layout, then runs the ordinary commands, each
-printed before it runs, with the tiny AST that tests/pretrain.py has pre-trained on other made-up sounds. What the
-figures show is that adapting a pre-trained model to normal sounds helps to find faults; they are no figures of
-DCASE, and this is not the AudioSet AST.
+printed before it runs, with the tiny AST that tests/pretrain.py has pre-trained on other made-up sounds. It shows what
+a run looks like and compares the rows of the paper's table in miniature, whichever of them wins; its figures are no
+figures of DCASE, and this is not the AudioSet AST.
 """
 
 import argparse
