@@ -155,7 +155,7 @@ def set_of(machine: str) -> str:
     return "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
 
 
-# ---------------------------------------------------------------- tables
+# Tables
 
 
 def setting_of(run: Path, rows: list[dict]) -> str:

@@ -170,7 +170,7 @@ from pathlib import Path
 import backbone
 import train
 from backbone import load_ast
-from data import HOP, N_MELS, SAMPLE_RATE, list_clips, log_mel
+from data import FFT, HOP, N_MELS, SAMPLE_RATE, list_clips, log_mel, mel_filters
 from lora import merge_lora
 
 # Embeddings that are kept
@@ -296,8 +296,7 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
     top.legend(loc="upper left")
 
     hz = np.array([250, 500, 1000, 2000, 4000, 7500])
-    low, high = (1127 * np.log(1 + f / 700) for f in (20, 8000))
-    bins = (1127 * np.log(1 + hz / 700) - low) / (high - low) * (N_MELS + 1) - 1
+    bins = mel_filters(torch.device("cpu"))[hz * FFT // SAMPLE_RATE].argmax(dim=1).numpy()  # where each is heard most
     pairs = [(decibels(clips[i]), decibels(neighbours[i])) for i in order[::-1][:shown]]
     every = np.concatenate([x for pair in pairs for x in pair])
     loudness = {"vmin": np.percentile(every, 2), "vmax": np.percentile(every, 99.9), "cmap": "magma"}
@@ -322,7 +321,6 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
 
 
 # The command line
-
 
 BACK_ENDS = ["none", "train", "test", "density"]
 
