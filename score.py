@@ -165,6 +165,7 @@ import json
 import shlex
 import sys
 import zipfile
+from itertools import islice
 from pathlib import Path
 
 import backbone
@@ -176,21 +177,19 @@ from lora import merge_lora
 # Embeddings that are kept
 
 
-def file_ids(clips: list[Clip]) -> np.ndarray:
+def file_id(clip: Clip) -> str:
     """What tells whether a clip is still the one that was embedded: its name, size and time of change."""
-    stats = [(clip.path.name, clip.path.stat()) for clip in clips]
-    return np.array([repr((name, stat.st_size, stat.st_mtime_ns)) for name, stat in stats])
+    stat = clip.path.stat()
+    return f"{clip.split}/{clip.path.name} {stat.st_size} {stat.st_mtime_ns}"
 
 
-def read_kept(path: Path, model_id: str) -> dict[tuple[str, str], np.ndarray]:
-    """(split, file id) -> embedding (D,). ValueError: the file is damaged, or of another model."""
+def read_kept(path: Path, model_id: str) -> dict[str, np.ndarray]:
+    """file_id -> embedding (D,). ValueError: the file is damaged, or of another model."""
     if not path.exists():
         return {}
     try:
         with np.load(path) as stored:
-            found = str(stored["model"])
-            kept = {(split, str(file)): row for split in ("train", "test")
-                    for file, row in zip(stored[f"{split}_files"], stored[split], strict=True)}  # fmt: skip
+            found, kept = str(stored["model"]), dict(zip(stored["files"].tolist(), stored["embeddings"], strict=True))
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged; delete it") from error
     if found != model_id:
@@ -199,49 +198,39 @@ def read_kept(path: Path, model_id: str) -> dict[tuple[str, str], np.ndarray]:
     return kept
 
 
-def find_new(machines: list[str], model_id: str, args: argparse.Namespace) -> dict[Path, int]:
-    """Every clip of these machines that has no embedding yet, and its length: all are checked before any is embedded.
+def embed_machines(machines: list[str], model: Embedder, model_id: str, args: argparse.Namespace):
+    """Yields each machine's training clips, then test clips, and their embeddings (n, D) in that order.
 
+    Kept ones where there are some; all other clips of all machines are checked before the first is embedded.
     ValueError: clips that cannot be used, an embeddings file that is damaged or of another model.
     """
-    new = []
-    for machine in machines:
-        kept = read_kept(args.run / f"embeddings_{machine}.npz", model_id)
-        for split in ("train", "test"):
-            clips = list_clips(args.data, machine, split)
-            new += [clip for clip, file in zip(clips, file_ids(clips), strict=True) if (split, file) not in kept]
-    return dict(zip([clip.path for clip in new], data.check_clips(new), strict=True))
-
-
-def embeddings(machine: str, model: Embedder, model_id: str, new: dict[Path, int], args: argparse.Namespace) -> dict:
-    """{"train": (n, D), "test": (m, D)} in the order of list_clips: kept ones, and the network's of the new ones."""
-    path = args.run / f"embeddings_{machine}.npz"
-    clips = {split: list_clips(args.data, machine, split) for split in ("train", "test")}
-    files = {split: file_ids(clips[split]) for split in clips}
-    rows = read_kept(path, model_id)
-    keys = {clip.path: (split, str(f)) for split in clips for clip, f in zip(clips[split], files[split], strict=True)}
-    if todo := [clip for split in clips for clip in clips[split] if clip.path in new]:
-        made = embed(model, todo, [new[clip.path] for clip in todo], args.batch_size, args.workers)
-        rows |= {keys[clip.path]: row for clip, row in zip(todo, made, strict=True)}
-    arrays = {split: np.stack([rows[keys[clip.path]] for clip in clips[split]]) for split in clips}
-    if len(rows) > len(keys) or todo:
-        with data.whole_file(path) as file:
-            np.savez(file, model=model_id, train_files=files["train"], test_files=files["test"], **arrays)
-    return arrays
+    clips = {m: [clip for split in ("train", "test") for clip in list_clips(args.data, m, split)] for m in machines}
+    ids = {m: [file_id(clip) for clip in clips[m]] for m in machines}
+    kept = {m: read_kept(args.run / f"embeddings_{m}.npz", model_id) for m in machines}
+    new = {m: [(clip, id) for clip, id in zip(clips[m], ids[m], strict=True) if id not in kept[m]] for m in machines}
+    lengths = iter(data.check_clips([clip for m in machines for clip, _ in new[m]]))
+    data.make_run_folder(args.run)
+    for m in machines:
+        if new[m]:
+            todo, new_ids = zip(*new[m], strict=True)
+            made = embed(model, todo, list(islice(lengths, len(todo))), args.batch_size, args.workers)
+            kept[m] |= zip(new_ids, made, strict=True)
+        rows = np.stack([kept[m][id] for id in ids[m]])
+        if new[m] or len(kept[m]) > len(ids[m]):
+            with data.whole_file(args.run / f"embeddings_{m}.npz") as file:
+                np.savez(file, model=model_id, files=ids[m], embeddings=rows)
+        yield clips[m], rows
 
 
 # Files
 
 
-def score_machine(machine: str, model: Embedder, model_id: str, new: dict, args: argparse.Namespace) -> None:
-    """Embed, score and write the files of one machine."""
-    run, arrays = args.run, embeddings(machine, model, model_id, new, args)
-    train_clips, test_clips = (list_clips(args.data, machine, split) for split in ("train", "test"))
-    domains = [clip.domain for clip in train_clips]
+def score_machine(clips: list[Clip], rows: np.ndarray, model_id: str, args: argparse.Namespace) -> None:
+    """Score one machine and write its files."""
+    run, machine, n = args.run, clips[0].machine, sum(clip.split == "train" for clip in clips)
+    names, domains = [clip.path.name for clip in clips], [clip.domain for clip in clips[:n]]
     try:
-        scores, train_scores = anomaly_scores(
-            arrays["train"], arrays["test"], domains, args.k, args.normalize, args.smote
-        )
+        scores, train_scores = anomaly_scores(rows[:n], rows[n:], domains, args.k, args.normalize, args.smote)
     except ValueError as error:
         raise ValueError(f"{machine}: {error}") from error
     decisions, threshold = decide(scores, train_scores)
@@ -249,21 +238,20 @@ def score_machine(machine: str, model: Embedder, model_id: str, new: dict, args:
     # evaluate.py prints beside the numbers how they were made; until the new ones are whole, it is told nothing
     how_scored = run / f"scoring_{machine}.json"
     how_scored.unlink(missing_ok=True)
-    names = [clip.path.name for clip in test_clips]
     for kind, values in (("anomaly_score", scores.tolist()), ("decision_result", decisions.astype(int))):
-        data.write_csv(run / f"{kind}_{machine}_section_00_test.csv", list(zip(names, values, strict=True)))
-    similarity = arrays["test"] @ arrays["train"].T
-    neighbours = similarity.argmax(axis=1)  # real clips only, by plain distance, however the score was made
-    rows = zip(names, [train_clips[i].path.name for i in neighbours], 1 - similarity.max(axis=1), strict=True)
-    data.write_csv(run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "distance"), *rows])
+        data.write_csv(run / f"{kind}_{machine}_section_00_test.csv", list(zip(names[n:], values, strict=True)))
+    similarity = rows[n:] @ rows[:n].T
+    near = similarity.argmax(axis=1)  # real clips only, by plain distance, however the score was made
+    table = zip(names[n:], [names[i] for i in near], 1 - similarity.max(axis=1), strict=True)
+    data.write_csv(run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "distance"), *table])
     how = {"model": model_id.split()[0], "normalize": args.normalize, "k": args.k, "smote": args.smote}
     data.write_file(how_scored, json.dumps(how | {"data": str(args.data)}).encode())
 
     counts = ", ".join(f"{domains.count(d)} {d}" for d in ("source", "target") if d in domains)
-    print(f"{machine}: {len(names)} test clips against {len(domains)} training clips" + f" ({counts})" * bool(counts)
+    print(f"{machine}: {len(scores)} test clips against {n} training clips" + f" ({counts})" * bool(counts)
           + f"; {decisions.sum()} above the threshold of {threshold:.4g}")  # fmt: skip
     if args.plot:
-        plot(run / f"{machine}.png", test_clips, scores, threshold, [train_clips[i] for i in neighbours])
+        plot(run / f"{machine}.png", clips[n:], scores, threshold, [clips[i] for i in near])
 
 
 def decibels(clip: Clip) -> np.ndarray:
@@ -383,10 +371,8 @@ def main(argv: list[str] | None = None) -> None:
         model, model_id = load_model(args, machines)
         for split in ("train", "test"):
             data.prepare(machines, args.data, split)
-        new = find_new(machines, model_id, args)
-        data.make_run_folder(args.run)
-        for machine in machines:
-            score_machine(machine, model, model_id, new, args)
+        for clips, rows in embed_machines(machines, model, model_id, args):
+            score_machine(clips, rows, model_id, args)
     if args.normalize == "test":
         print("note: --normalize test is transductive: each score depends on the whole test set")
     print(f"wrote {args.run}; next: {data.next_command('evaluate.py', args.machine, args.run)}")
