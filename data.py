@@ -6,13 +6,9 @@
       -> normalise     (X + 4.268) / (2 · 4.569)                                (1024, 128)
       -> SpecAug       in training: one random stripe of time and one of frequency set to 0
 
-Frame t is 25 ms from t · 10 ms on, less its mean, pre-emphasised and windowed; M are triangular mel filters; ε is
-float32's 1.19e-7.
+Frame t: 25 ms from t · 10 ms on, less its mean, pre-emphasised, windowed. M: triangular mel filters. ε: 1.19e-7.
 
-The folder layout is the challenge's, `<data>/<machine>/{train,test}/*.wav`; labels are read from the file
-names. The command fetches and verifies a machine of DCASE2023 Task 2:
-
-    python data.py --machine fan
+The files are the challenge's, `<data>/<machine>/{train,test}/*.wav`; `python data.py --machine fan` fetches them.
 """
 
 import math
@@ -48,8 +44,8 @@ def mel_filters(device: torch.device) -> Tensor:
 def log_mel(waves: Tensor) -> Tensor:
     """Kaldi's log-mel filter bank: waves (B, n_samples) float in [-1, 1] -> (B, n_frames, 128), natural log.
 
-    On a CPU bit-equal to torchaudio.compliance.kaldi.fbank as AST calls it (htk_compat=True, use_energy=False,
-    window_type="hanning", num_mel_bins=128, dither=0). ValueError: integer samples, or fewer than one frame of 400.
+    On a CPU bit-equal to torchaudio's kaldi.fbank as AST calls it (htk_compat, "hanning", no dither, no energy).
+    ValueError: integer samples, or fewer than one frame of 400.
     """
     if not waves.is_floating_point() or waves.ndim != 2 or waves.shape[1] < FRAME:
         got = f"{waves.dtype} {tuple(waves.shape)}"
@@ -95,9 +91,8 @@ def to_float(wave: Tensor) -> Tensor:
 class SpecAug:
     """SpecAugment's masks (Park et al. 2019, arXiv 1904.08779, section 2), without its time warping.
 
-    x (B, T, F) -> (B, T, F): in each clip independently, w frames from t₀ on and w' bins from f₀ on become 0,
-    the mean of AudioSet after `normalise`; w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise w', f₀.
-    ValueError: a width below 0, or above 1024 frames or 128 bins.
+    x (B, T, F) -> (B, T, F): in each clip, w frames from t₀ on and w' bins from f₀ on become 0, AudioSet's mean;
+    w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise w', f₀. ValueError: wider than 1024 frames or 128 bins.
     """
 
     def __init__(self, time_mask: int, freq_mask: int):
@@ -135,8 +130,7 @@ def window_starts(n_samples: int) -> list[int]:
 class Windows(torch.utils.data.Dataset):
     """item (index of a clip, first sample) -> (at most 164,080 samples, index).
 
-    The items are drawn at random by train.draw_batches and evenly spaced by score.embed, at multiples of the hop:
-    cutting the wave is then the same as cutting the spectrogram.
+    In training drawn at random, in scoring evenly spaced; at multiples of the hop, as if the spectrogram were cut.
     """
 
     def __init__(self, clips: list["Clip"]):
@@ -158,16 +152,11 @@ def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
     return pad_sequence(waves, batch_first=True), lengths, torch.tensor(indices)
 
 
-def read_wav(path: str | Path) -> Tensor:
-    """A WAV file (PCM of 8 to 64 bit, float, EXTENSIBLE, RF64, RIFX) as float32 (n_samples,) in [-1, 1], mono, 16 kHz.
+def decode(path: str | Path) -> Tensor:
+    """Any WAV file -> mono 16 kHz (n_samples,): int16 where it holds just that, float32 in [-1, 1] otherwise.
 
     ValueError (naming file and reason): unreadable, truncated, empty, not finite, another encoding.
     """
-    return to_float(decode(path))
-
-
-def decode(path: str | Path) -> Tensor:
-    """Mono 16 kHz samples (n_samples,): int16 where the file holds just that, float32 in [-1, 1] otherwise."""
     rate, samples = read_samples(path)  # (n,) or (n, channels)
     if rate == SAMPLE_RATE and samples.dtype == np.int16 and samples.ndim == 1:
         return torch.from_numpy(samples)
@@ -204,24 +193,6 @@ def parse_clip(path: str | Path) -> Clip:
     return Clip(path, path.parent.parent.name, path.parent.name, domain, is_anomaly, attributes or "")
 
 
-def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
-    """The clips in root/machine/split, sorted by name. Hidden files (macOS's "._x.wav") are left out.
-
-    FileNotFoundError: no such folder, or no WAV file in it. ValueError: an anomaly among the training clips.
-    """
-    folder = Path(root) / machine / split
-    if not folder.is_dir():
-        raise FileNotFoundError(why_missing(folder))
-    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".wav" and not p.name.startswith("."))
-    if not paths:
-        raise FileNotFoundError(f"{folder} has no WAV file; put this machine's {split} clips there")
-    clips = [parse_clip(path) for path in paths]
-    if anomalies := [clip for clip in clips if split == "train" and clip.is_anomaly]:
-        path = anomalies[0].path
-        raise ValueError(f"{path} is an anomaly by its name; training uses normal clips only: move it away")
-    return clips
-
-
 # -------------------------------------------- plumbing: nothing below is in the paper
 
 import argparse
@@ -248,10 +219,33 @@ from contextlib import contextmanager
 from scipy.io import wavfile
 from tqdm import tqdm
 
-# Checking WAV files
+# WAV files
 
 # scipy warns of chunks that it skips (LIST, bext, ...); what would harm us is checked below instead.
 warnings.filterwarnings("ignore", category=wavfile.WavFileWarning)
+
+
+def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
+    """The clips in root/machine/split, sorted by name. Hidden files (macOS's "._x.wav") are left out.
+
+    FileNotFoundError: no such folder, or no WAV file in it. ValueError: an anomaly among the training clips.
+    """
+    folder = Path(root) / machine / split
+    if not folder.is_dir():
+        raise FileNotFoundError(why_missing(folder))
+    paths = sorted(p for p in folder.iterdir() if p.suffix.lower() == ".wav" and not p.name.startswith("."))
+    if not paths:
+        raise FileNotFoundError(f"{folder} has no WAV file; put this machine's {split} clips there")
+    clips = [parse_clip(path) for path in paths]
+    if anomalies := [clip for clip in clips if split == "train" and clip.is_anomaly]:
+        path = anomalies[0].path
+        raise ValueError(f"{path} is an anomaly by its name; training uses normal clips only: move it away")
+    return clips
+
+
+def read_wav(path: str | Path) -> Tensor:
+    """As decode, float32 always. What can be read: PCM of 8 to 64 bit, float, EXTENSIBLE, RF64, RIFX."""
+    return to_float(decode(path))
 
 
 class WholeBytes(io.BytesIO):
@@ -349,9 +343,9 @@ def default_run(names: list[str], pretrained: bool = False) -> Path:
     return Path("runs") / ("pretrained-" * pretrained + "+".join(names))
 
 
-def next_command(script: str, names: list[str], run: Path) -> str:
+def next_command(script: str, names: list[str], run: str | Path) -> str:
     """The command line that comes next for this run, printed at the end of a script."""
-    elsewhere = f" --run {shlex.quote(str(run))}" if run != default_run(names) else ""
+    elsewhere = f" --run {shlex.quote(str(run))}" if Path(run) != default_run(names) else ""
     return f"python {script} --machine {shlex.join(names)}{elsewhere}"
 
 

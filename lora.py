@@ -8,9 +8,7 @@
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
 Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing at inference.
 
-Nothing here knows about audio. backbone.py has the layers that are wrapped; train.py does the wrapping:
-
-    add_lora(ast, targets=["q", "v"], rank=64, alpha=64)
+Nothing here knows about audio. train.py adapts the layers of backbone.py: add_lora(ast, ["q", "v"], 64, 64)
 """
 
 import math
@@ -27,7 +25,7 @@ class LoRALinear(nn.Module):
     alpha    the update is scaled by alpha/rank, so that another rank needs no other learning rate
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
-    forward: x (..., in) -> (..., out). ValueError: rank, alpha or dropout out of range.
+    forward: x (..., in) -> (..., out). ValueError: one of them out of range.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -101,6 +99,9 @@ def merge_lora(model: nn.Module) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
                 setattr(parent, name, child.merged())
+
+
+# -------------------------------------------- plumbing: nothing below is in the paper
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -12,10 +12,9 @@ Trained are the LoRA matrices, the pooling, the linear layer and the class centr
 rank 64 on q and v of all blocks, attentive statistics to 256 dimensions, s = 30, m = 0.2, SpecAug up to 80 frames and
 80 bins, AdamW at 1e-4 after a warm-up, 25 epochs in batches of 32: -h and README.md say where each value comes from.
 
-    python train.py --machine fan            # or several machines, dev, eval, all; -h lists the parameters
+    python train.py --machine fan            # or several, or dev, eval, all: one joint model
 
-writes the run folder runs/fan: args.json, log.csv, last.pt (for --resume), adapter.pt (what was trained, without
-the class centres, which scoring does not need).
+writes runs/fan: args.json, log.csv, last.pt (for --resume), adapter.pt (what was trained, less the class centres).
 """
 
 import argparse
@@ -30,7 +29,7 @@ from tqdm import tqdm
 import backbone
 import data
 from backbone import Embedder, load_ast
-from data import HOP, N_FRAMES, SpecAug, count_frames, list_clips, spectrogram
+from data import HOP, N_FRAMES, SpecAug, count_frames, spectrogram
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 
@@ -116,21 +115,22 @@ def train_epoch(model, arcface, optimizer, augment, labels, batches, steps, step
 
     labels   (n,) class of each clip, on the device
     batches  yields (waves, lengths, clip indices), as data.collate makes them
-    steps    one list for each optimizer step: the sizes of the batches whose gradients it takes together
+    steps    for each optimizer step the batches whose gradients it takes together, as draw_batches made them
     step     number of the last step before this epoch;  warmup  steps of it
     """
     model.train()
     device, totals, seen = labels.device, torch.zeros(2, dtype=torch.float64), 0
-    for sizes in steps:
+    for batches_of_step in steps:
+        n = sum(map(len, batches_of_step))  # clips
         of_step = torch.zeros(2, device=device)  # summed loss, clips classified rightly
-        for _ in sizes:
+        for _ in batches_of_step:
             waves, lengths, index = (tensor.to(device, non_blocking=True) for tensor in next(batches))
             y = labels[index]
             x = augment(spectrogram(waves, lengths))  # (B, 1024, 128)
             with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
                 embedding = model(x)  # (B, embedding)
             loss = F.cross_entropy(arcface(embedding, y), y, reduction="sum")  # logits (B, classes), float32
-            (loss / sum(sizes)).backward()
+            (loss / n).backward()
             with torch.no_grad():
                 of_step += torch.stack([loss, (arcface.cosines(embedding).argmax(dim=1) == y).sum()])
         step += 1
@@ -142,10 +142,10 @@ def train_epoch(model, arcface, optimizer, augment, labels, batches, steps, step
         totals += of_step.cpu()  # waits for the GPU: once a step, after all its work is queued
         if not totals.isfinite().all():
             raise ValueError(DIVERGED.format("the loss", step))
-        seen += sum(sizes)
+        seen += n
         mean_loss, accuracy = (totals / seen).tolist()
         progress.set_postfix(loss=f"{mean_loss:.3f}", accuracy=f"{accuracy:.3f}", refresh=False)
-        progress.update(sum(sizes))
+        progress.update(n)
     return step, mean_loss, accuracy
 
 
@@ -154,52 +154,48 @@ def train(args: argparse.Namespace) -> None:
 
     ValueError: unusable clips, one class only, a run folder that is taken, a loss that is not finite.
     """
-    run, device = Path(args.run), torch.device(args.device)
-    clips = [clip for m in data.machine_names(args.machine) for clip in list_clips(args.data, m, "train")]
+    device = torch.device(args.device)
+    clips = [clip for m in data.machine_names(args.machine) for clip in data.list_clips(args.data, m, "train")]
     classes = sorted({(clip.machine, clip.attributes) for clip in clips})
     labels = torch.tensor([classes.index((clip.machine, clip.attributes)) for clip in clips], device=device)
-    record, checkpoint = open_run(run, args, clips, classes)
-    if checkpoint and checkpoint["epoch"] == args.epochs and (run / "adapter.pt").exists():
-        print(f"{run} is finished already; next: {data.next_command('score.py', args.machine, run)}")
+    record, checkpoint = open_run(args, clips, classes)
+    if is_finished(args, checkpoint):
         return
+    lengths = data.check_clips(clips)  # in samples
 
     torch.manual_seed(epoch_seeds(args.seed, 0)[0])
-    model = make_model(args)
-    arcface = ArcFace(model.linear.out_features, len(classes), args.scale, args.margin)
-    n_batches = math.ceil(len(clips) / args.batch_size)
-    n_steps = args.epochs * math.ceil(n_batches / args.accumulate)
+    model = make_model(args).to(device)
+    arcface = ArcFace(model.linear.out_features, len(classes), args.scale, args.margin).to(device)
+    optimizer = make_optimizer(model, arcface, args)
+    n_steps = args.epochs * math.ceil(math.ceil(len(clips) / args.batch_size) / args.accumulate)
     warmup = min(args.warmup, n_steps // 10)
     trainable, total = count_parameters(model)
     print(f"{trainable + arcface.centres.numel():,} trainable parameters, {total:,} in the model")
     print(f"{n_steps:,} steps in {args.epochs} epochs, of which {warmup} warm up")
-    lengths = data.check_clips(clips)  # in samples
-
-    model, arcface = model.to(device), arcface.to(device)
-    optimizer = make_optimizer(model, arcface, args)
-    done, step, log = restore(checkpoint, model, arcface, optimizer)
-    start_run(run, record, fresh=not checkpoint)
+    done, step, log = start_run(args, record, checkpoint, model, arcface, optimizer)
     if args.compile:
         model.compile()
 
+    epochs, plan = range(done + 1, args.epochs + 1), {}
+    for epoch in epochs:
+        drawn = draw_batches(lengths, args.batch_size, epoch_seeds(args.seed, epoch)[0])
+        plan[epoch] = [drawn[i : i + args.accumulate] for i in range(0, len(drawn), args.accumulate)]
     # One loader over all epochs: its workers read on while an epoch ends.
-    epochs = range(done + 1, args.epochs + 1)
-    plan = {e: draw_batches(lengths, args.batch_size, epoch_seeds(args.seed, e)[0]) for e in epochs}
-    batches = iter(data.make_loader(clips, [batch for e in epochs for batch in plan[e]], args.workers, device))
+    every_batch = [batch for epoch in epochs for batches_of_step in plan[epoch] for batch in batches_of_step]
+    batches = iter(data.make_loader(clips, every_batch, args.workers, device))
     augment = SpecAug(args.time_mask, args.freq_mask)
     with tqdm(total=args.epochs * len(clips), initial=done * len(clips), unit="clip", disable=None) as progress:
         for epoch in epochs:
             progress.set_description(f"epoch {epoch}/{args.epochs}")
             torch.manual_seed(epoch_seeds(args.seed, epoch)[1])
-            sizes = [len(batch) for batch in plan[epoch]]
-            steps = [sizes[i : i + args.accumulate] for i in range(0, len(sizes), args.accumulate)]
             step, loss, accuracy = train_epoch(
-                model, arcface, optimizer, augment, labels, batches, steps, step, warmup, progress
+                model, arcface, optimizer, augment, labels, batches, plan[epoch], step, warmup, progress
             )
             lr = args.lr * warm_up(step, warmup)
             log.append({"epoch": epoch, "step": step, "lr": lr, "loss": loss, "accuracy": accuracy})
-            save_epoch(run, log, model, arcface, optimizer)
+            save_epoch(args, log, model, arcface, optimizer)
             progress.write(f"epoch {epoch}: step {step:,}, loss {loss:.4f}, accuracy {accuracy:.3f}")
-    finish_run(run, log, model, args)
+    finish_run(args, log, model)
 
 
 # -------------------------------------------- plumbing: nothing below is in the paper
@@ -253,25 +249,26 @@ def describe(args: argparse.Namespace, clips: list, classes: list) -> dict:
     }
 
 
-def open_run(run: Path, args: argparse.Namespace, clips: list, classes: list) -> tuple[dict, dict | None]:
+def open_run(args: argparse.Namespace, clips: list, classes: list) -> tuple[dict, dict | None]:
     """-> (the record of this run, what last.pt holds if there is something to resume).
 
     ValueError: one class only; the folder holds results and neither flag is given; the run to be resumed was another.
     """
     if len(classes) < 2:
         raise ValueError(ONE_CLASS.format(len(clips), "/".join(classes[0])))
-    record = describe(args, clips, classes)
+    run, record = Path(args.run), describe(args, clips, classes)
     print(f"{len(clips):,} clips, {len(classes)} classes; {args.weights}: {record['weights']}; on {args.device}")
-    old = data.read_json(run / "args.json")
     if args.overwrite:
         return record, None
-    if not args.resume and old:
+    old = data.read_json(run / "args.json")
+    if not old:
+        if any(any(run.glob(pattern)) for pattern in RESULTS):
+            results = f"{run} holds results of no known run"
+            raise ValueError(f"{results}; --overwrite removes them, --run names another folder")
+        return record, None
+    if not args.resume:
         state = "a finished run" if (run / "adapter.pt").exists() else "an unfinished run; --resume continues it"
         raise ValueError(f"{run} holds {state}; --overwrite replaces it, --run names another folder")
-    if not old and any(any(run.glob(pattern)) for pattern in RESULTS):
-        raise ValueError(f"{run} holds results of no known run; --overwrite removes them, --run names another folder")
-    if not old:
-        return record, None
     kept = ("classes", "clips", "weights_sha256")
     before, now = ({**r["args"], **{key: r[key] for key in kept}} for r in (old, record))
     changed = [k for k in sorted(now.keys() | before.keys()) if now.get(k) != before.get(k) and k not in MAY_DIFFER]
@@ -286,24 +283,31 @@ def open_run(run: Path, args: argparse.Namespace, clips: list, classes: list) ->
     return record, checkpoint
 
 
-def restore(checkpoint: dict | None, model: Embedder, arcface: ArcFace, optimizer) -> tuple[int, int, list[dict]]:
-    """-> (last whole epoch, last step, log); model, class centres and optimizer become what they were after it."""
-    if not checkpoint:
-        return 0, 0, []
-    load_trained_state(model, checkpoint["model"])
-    arcface.load_state_dict(checkpoint["arcface"])
-    optimizer.load_state_dict(checkpoint["optimizer"])
-    print(f"resuming after epoch {checkpoint['epoch']}")
-    return checkpoint["epoch"], checkpoint["step"], checkpoint["log"]
+def is_finished(args: argparse.Namespace, checkpoint: dict | None) -> bool:
+    """Then its scores stay as they are."""
+    finished = checkpoint and checkpoint["epoch"] == args.epochs and Path(args.run, "adapter.pt").exists()
+    if finished:
+        print(f"{args.run} is finished already; next: {data.next_command('score.py', args.machine, args.run)}")
+    return finished
 
 
-def start_run(run: Path, record: dict, fresh: bool) -> None:
-    """Make the folder, remove what a run before has left (but for last.pt and log.csv when resuming)."""
+def start_run(args, record: dict, checkpoint: dict | None, model: Embedder, arcface: ArcFace, optimizer) -> tuple:
+    """-> (last whole epoch, last step, log); model, class centres and optimizer become what they were after it.
+
+    Makes the folder and removes what a run before has left, but for last.pt and log.csv when resuming.
+    """
+    run, state = Path(args.run), checkpoint or {"epoch": 0, "step": 0, "log": []}
+    if checkpoint:
+        load_trained_state(model, checkpoint["model"])
+        arcface.load_state_dict(checkpoint["arcface"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        print(f"resuming after epoch {checkpoint['epoch']}")
     data.make_run_folder(run)
-    for pattern in RESULTS if fresh else ["adapter.pt", *SCORES]:
+    for pattern in ["adapter.pt", *SCORES] if checkpoint else RESULTS:
         for path in run.glob(pattern):
             path.unlink()
     data.write_file(run / "args.json", json.dumps(record, indent=1).encode())
+    return state["epoch"], state["step"], state["log"]
 
 
 def save(path: Path, state: dict) -> None:
@@ -312,27 +316,28 @@ def save(path: Path, state: dict) -> None:
         torch.save(state, file)
 
 
-def save_epoch(run: Path, log: list[dict], model: Embedder, arcface: ArcFace, optimizer) -> None:
+def save_epoch(args: argparse.Namespace, log: list[dict], model: Embedder, arcface: ArcFace, optimizer) -> None:
     """ValueError: a weight is not finite; then nothing is written."""
     if not all(p.isfinite().all() for group in optimizer.param_groups for p in group["params"]):
         raise ValueError(DIVERGED.format("a weight", log[-1]["step"]))
     state = {"epoch": log[-1]["epoch"], "step": log[-1]["step"], "log": log, "model": trained_state(model)}
-    save(run / "last.pt", state | {"arcface": arcface.state_dict(), "optimizer": optimizer.state_dict()})
-    write_log(run, log)
+    state |= {"arcface": arcface.state_dict(), "optimizer": optimizer.state_dict()}
+    save(Path(args.run, "last.pt"), state)
+    write_log(args, log)
 
 
-def finish_run(run: Path, log: list[dict], model: Embedder, args: argparse.Namespace) -> None:
-    write_log(run, log)  # again: a kill may have left it an epoch behind last.pt
-    save(run / "adapter.pt", trained_state(model))
+def write_log(args: argparse.Namespace, log: list[dict]) -> None:
+    data.write_csv(Path(args.run, "log.csv"), [list(log[0]), *(row.values() for row in log)])
+
+
+def finish_run(args: argparse.Namespace, log: list[dict], model: Embedder) -> None:
+    write_log(args, log)  # again: a kill may have left it an epoch behind last.pt
+    adapter = Path(args.run, "adapter.pt")
+    save(adapter, trained_state(model))
     if args.device != "cpu":
         print(f"peak GPU memory {torch.cuda.max_memory_allocated() / 2**30:.1f} GiB")
-    size = (run / "adapter.pt").stat().st_size
-    print(f"wrote {run}: adapter.pt ({size / 1e6:.1f} MB), last.pt, log.csv, args.json")
-    print(f"next: {data.next_command('score.py', args.machine, run)}")
-
-
-def write_log(run: Path, log: list[dict]) -> None:
-    data.write_csv(run / "log.csv", [list(log[0]), *(row.values() for row in log)])
+    print(f"wrote {args.run}: adapter.pt ({adapter.stat().st_size / 1e6:.1f} MB), last.pt, log.csv, args.json")
+    print(f"next: {data.next_command('score.py', args.machine, args.run)}")
 
 
 def load_run(run: str | Path, weights: str | Path | None = None) -> tuple[Embedder, argparse.Namespace]:

@@ -368,9 +368,9 @@ def interrupt_after_epoch(monkeypatch, epoch: int) -> None:
     """As if the power went right after that epoch's checkpoint."""
     write_log = train.write_log
 
-    def stop(path, rows):
-        write_log(path, rows)
-        if len(rows) == epoch:
+    def stop(args, log):
+        write_log(args, log)
+        if len(log) == epoch:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(train, "write_log", stop)
