@@ -11,10 +11,7 @@ and what turns its tokens into the one vector that is scored:
 
     embedding = linear(pool(tokens)) / ‖linear(pool(tokens))‖
 
-data.py makes x, lora.py adapts the linear layers, train.py trains. The command fetches the public
-AudioSet weights, checks them and says what they are:
-
-    python backbone.py
+data.py makes x, lora.py adapts the linear layers, train.py trains. `python backbone.py` fetches the public weights.
 """
 
 import torch
@@ -77,11 +74,10 @@ class Block(nn.Module):
 
 
 class AST(nn.Module):
-    """The Transformer, with random weights; `load_ast` gives the trained one (768 dimensions, 12 blocks, 12 heads).
+    """The Transformer with random weights; `load_ast` gives the trained one.
 
-    forward: x (B, 1024, 128), normalised log-mel as data.py makes it, -> (B, 1214, dim), all tokens after
-    the final norm: two class tokens, then the patches. ValueError: another input shape.
-    Source: github.com/YuanGongND/ast, src/models/ast_models.py, commit 31088be.
+    forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim), all tokens after the final norm: two class
+    tokens, then the patches. ValueError: another input shape. Source: github.com/YuanGongND/ast, 31088be.
     """
 
     def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12):

@@ -12,9 +12,8 @@ within each domain, and no part of the score. Source: github.com/nttcslab/dcase2
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± standard deviation
 
-Reads no audio: labels come from the file names in the CSV files; for the evaluation machines, whose names
-tell nothing, from <data>/ground_truth; for one's own, from <data>/<machine>/labels.csv (file,0|1).
-Prints the table as Markdown and writes metrics.csv into the run folder.
+Reads no audio. Labels come from the file names in the CSV files; for the evaluation machines, whose names tell
+nothing, from <data>/ground_truth; for one's own, from <data>/<machine>/labels.csv (file,0|1).
 """
 
 import math
@@ -31,11 +30,9 @@ EPS = sys.float_info.epsilon  # the official code's guard: 0 / 0 is then 0
 def machine_metrics(
     scores: np.ndarray, is_anomaly: np.ndarray, is_target: np.ndarray, decisions: np.ndarray | None = None
 ) -> dict[str, float]:
-    """All figures of one machine, from its test clips: arrays (n,), anything that numpy takes as float and bool.
-
-    -> auc_source, auc_target, pauc, precision_source, ..., f1_target in [0, 1]; NaN where a figure is
-    undefined (an AUC without normal clips or without anomalies; the others without clips or decisions).
-    """
+    """All figures of one machine from its test clips, arrays (n,): auc_source, auc_target, pauc, precision_source, ...,
+    f1_target in [0, 1]; NaN where one is undefined (an AUC without normal clips or anomalies; P, R, F1 without
+    clips or decisions)."""
     scores = np.asarray(scores, float)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
     metrics = {"pauc": auc(is_anomaly, scores, max_fpr=0.1)}
@@ -121,9 +118,8 @@ def labels_of(machine: str, names: list[str], root: Path) -> tuple[np.ndarray, n
         if not all(path.exists() for path in paths):
             raise ValueError(f"{paths[0]} is missing; `python data.py --machine {machine} --data {root}` fetches it")
         return read_01(paths[0], names), read_01(paths[1], names)
-    raise ValueError(
-        f"the names of {machine}'s clips tell no labels; write them to {own}, a line `file,0` or `file,1` each"
-    )
+    unknown = f"the names of {machine}'s clips tell no labels"
+    raise ValueError(f"{unknown}; write them to {own}, a line `file,0` or `file,1` each")
 
 
 def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> dict:
@@ -142,17 +138,11 @@ def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> dict:
     decisions = run / f"decision_result_{machine}_section_00_test.csv"
     decided = read_01(decisions, names) if decisions.exists() else None
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decided)
-    row = {
-        "run": str(run),
-        "seed": data.read_json(run / "args.json").get("args", {}).get("seed", ""),
-        "machine": machine,
-    }
-    row |= {"set": set_of(machine)} | {key: how.get(key, "") for key in ("model", "normalize", "k", "smote")}
+    seed = data.read_json(run / "args.json").get("args", {}).get("seed", "")
+    which = "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
+    row = {"run": str(run), "seed": seed, "machine": machine, "set": which}
+    row |= {key: how.get(key, "") for key in ("model", "normalize", "k", "smote")}
     return row | metrics | {"harmonic_mean": official_score([metrics])}
-
-
-def set_of(machine: str) -> str:
-    return "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
 
 
 # Tables
@@ -162,7 +152,7 @@ def setting_of(run: Path, rows: list[dict]) -> str:
     """Two runs with the same setting are trials of one thing: all arguments equal but the seed, scored alike."""
     record = data.read_json(run / "args.json")
     args = record.get("args", {"run": str(run)})  # without args.json, a setting of its own
-    irrelevant = ("seed", "run", "data", "weights", "workers", "device") if "seed" in args else ()
+    irrelevant = ("seed", "run", "data", "weights", "workers", "device", "compile") if "seed" in args else ()
     args = {key: value for key, value in args.items() if key not in irrelevant}
     how = [(row["model"], row["normalize"], row["k"], row["smote"]) for row in rows]
     return json.dumps([args, record.get("weights_sha256"), how], sort_keys=True)

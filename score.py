@@ -18,22 +18,18 @@ neighbour, so its own score leaves itself out. Distances differ between the many
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
 
-writes into the run folder, per machine: anomaly_score_*.csv and decision_result_*.csv as the challenge wants
-them, nearest_*.csv (for each test clip the nearest training clip), embeddings_*.npz (re-used by the next call).
+writes into the run folder the challenge's CSV files, and of each test clip the nearest training clip.
 """
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from scipy.ndimage import uniform_filter1d
-from sklearn.neighbors import NearestNeighbors
 
 import data
 from backbone import Embedder
 from data import Clip, spectrogram, window_starts
 
 DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end (k_ref_normalize)
-SMOTE_NEIGHBOURS = 2  # as in ASDKit
 
 
 # Embeddings
@@ -41,11 +37,9 @@ SMOTE_NEIGHBOURS = 2  # as in ASDKit
 
 @torch.inference_mode()
 def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int = 0) -> np.ndarray:
-    """(len(clips), D) float32, of unit length; a clip longer than 1024 frames is the mean of its windows, rescaled.
+    """(len(clips), D) of unit length; a clip longer than 1024 frames is the mean of its windows, rescaled.
 
-    lengths  of the clips in samples
-
-    In float32 on every device: bf16 would move distances by up to 3 %.
+    lengths: of the clips in samples. In float32 on every device: bf16 would move distances by up to 3 %.
     """
     model.eval()
     device = model.ast.pos_embed.device
@@ -88,30 +82,12 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int = 1, density: np.ndarr
     return np.concatenate(scores)
 
 
-def smote(target: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """`count` synthetic rows on the lines between target clips, x + u (x' - x) with u uniform on [0, 1).
-
-    target (n, D); x is drawn from its rows, x' from the 2 nearest others -> (count, D), scaled to unit length
-    Source: Chawla et al. 2002 (arXiv 1106.1813). ValueError: fewer than 3 target clips.
-    """
-    if len(target) <= SMOTE_NEIGHBOURS:
-        raise ValueError(f"--smote needs at least {SMOTE_NEIGHBOURS + 1} target training clips, not {len(target)}")
-    random = np.random.default_rng(seed)
-    near = NearestNeighbors(n_neighbors=SMOTE_NEIGHBOURS).fit(target).kneighbors(return_distance=False)  # (n, 2)
-    x = random.integers(len(target), size=count)
-    other = near[x, random.integers(SMOTE_NEIGHBOURS, size=count)]
-    rows = target[x] + random.random((count, 1), dtype=np.float32) * (target[other] - target[x])
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
 def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None], k: int, normalize: str,
                    smote_ratio: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """The scores of one machine, by the equations at the top of this file.
+    """One machine: train (n, D), test (m, D) -> test scores (m,), training scores (n,) each with itself left out.
 
-    train (n, D), test (m, D), domains: of each training clip
-    smote_ratio: fill the target clips up to this share of the source clips; 0 = off
-    -> test scores (m,), training scores (n,) each with itself left out. A training clip is compared with the
-    other real clips only: a synthetic one may be made from itself.
+    domains: of each training clip. smote_ratio: fill the target clips up to this share of the source clips; 0 = off.
+    A training clip is compared with the other real clips only: a synthetic one may be made from itself.
     ValueError: too few clips for what is asked.
     """
     n, domains = len(train), np.array(domains, object)
@@ -168,11 +144,34 @@ import zipfile
 from itertools import islice
 from pathlib import Path
 
+from scipy.ndimage import uniform_filter1d
+from sklearn.neighbors import NearestNeighbors
+
 import backbone
 import train
 from backbone import load_ast
 from data import FFT, HOP, N_MELS, SAMPLE_RATE, list_clips, log_mel, mel_filters
 from lora import merge_lora
+
+# Synthetic clips, off by default
+
+SMOTE_NEIGHBOURS = 2  # as in ASDKit
+
+
+def smote(target: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
+    """Synthetic rows between target clips (n, D): x + u (x' - x), u uniform on [0, 1), -> (count, D) of unit length.
+
+    x is any row, x' one of the 2 nearest others (Chawla et al. 2002, arXiv 1106.1813). ValueError: fewer than 3 clips.
+    """
+    if len(target) <= SMOTE_NEIGHBOURS:
+        raise ValueError(f"--smote needs at least {SMOTE_NEIGHBOURS + 1} target training clips, not {len(target)}")
+    random = np.random.default_rng(seed)
+    near = NearestNeighbors(n_neighbors=SMOTE_NEIGHBOURS).fit(target).kneighbors(return_distance=False)  # (n, 2)
+    x = random.integers(len(target), size=count)
+    other = near[x, random.integers(SMOTE_NEIGHBOURS, size=count)]
+    rows = target[x] + random.random((count, 1), dtype=np.float32) * (target[other] - target[x])
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
 
 # Embeddings that are kept
 

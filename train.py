@@ -34,9 +34,8 @@ from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 
 class ArcFace(nn.Module):
-    """Additive angular margin (Deng et al. 2019, arXiv 1801.07698, equation 3); one centre a class.
+    """Additive angular margin (Deng et al. 2019, arXiv 1801.07698, equation 3); one centre a class, m in radians.
 
-    scale  s;  margin  m in radians, 0 <= m < π/2
     forward: unit-length embeddings (B, dim), labels (B,) -> logits (B, classes), for cross-entropy.
     """
 
