@@ -106,60 +106,55 @@ def any_sound(random: np.random.Generator) -> Sound:
     )
 
 
-def make_machine(root: str | Path, name: str, n_train: int = 96, n_test: int = 24, seconds: float = 10.0) -> None:
+def make_machine(root: str | Path, name: str, n_train: int = 168, n_test: int = 48, seconds: float = 10.0) -> None:
     """Write a made-up machine to root/name in DCASE layout, unless it is there; a machine of its own for each name.
 
-    n_train  training clips, of which the last sixteenth, at least three, are of the target domain
+    n_train  training clips, of which the last fourteenth, at least three, are of the target domain
     n_test   test clips per domain and label
 
-    Twelve operating states are its attributes: three speeds (the pitch), two loads (the harmonics), two cycles (how the
-    loudness is modulated, and knocks). From clip to clip all of these vary a little, the background's loudness and
-    colour a lot; the target domain has another microphone and another background. Faults change the machine, not the
-    level: three harmonics, more knocks, another modulation, or another pitch.
+    Its attribute is one of twelve modes of operation, each with its own pitch, harmonics, modulation of the loudness,
+    and knocks. From clip to clip these vary a little, the microphone more, the background's loudness and colour a lot;
+    the target domain has another microphone and another background. A fault moves one of what the modes differ in to
+    where no mode is, and leaves the level alone.
     """
     folder = Path(root) / name
     if folder.is_dir():
         return
     random = np.random.default_rng(zlib.crc32(name.encode()))
     machine = any_sound(random)._replace(pitch=float(np.exp(random.uniform(np.log(60), np.log(200)))))
-    loads = {load: random.normal(0, 5, HARMONICS) for load in "AB"}
-    cycles = {1: (0.75, 0.15, 0.8, 0.3), 2: (1.5, 0.35, 1.25, 0.9)}
-    states = {
-        f"spd_{speed}_load_{load}_cyc_{cycle}": machine._replace(
-            pitch=machine.pitch * 1.25 ** (speed - 2),
-            harmonics=machine.harmonics + change,
-            modulation=(machine.modulation[0] * rate, depth),
-            knocks=(machine.knocks[0] * knock_rate, strength),
+    modes = [
+        machine._replace(
+            pitch=machine.pitch * float(np.exp(random.uniform(-0.25, 0.25))),
+            harmonics=machine.harmonics + random.normal(0, 5, HARMONICS),
+            modulation=(machine.modulation[0] * np.exp(random.uniform(-0.7, 0.7)), random.uniform(0.1, 0.6)),
+            knocks=(machine.knocks[0] * np.exp(random.uniform(-0.4, 0.4)), random.uniform(0.2, 1.5)),
         )
-        for speed in (1, 2, 3)
-        for load, change in loads.items()
-        for cycle, (rate, depth, knock_rate, strength) in cycles.items()
-    }
+        for _ in range(12)
+    ]
     places = {domain: (random.normal(0, 1.5, 9), random.uniform(-3, 1)) for domain in ("source", "target")}
     part = folder.with_name(f".{name}.part")
 
-    def write(split: str, domain: str, fault: str | None, index: int, state: str) -> None:
-        sound = recorded(random, states[state], *places[domain])
+    def write(split: str, domain: str, fault: str | None, index: int, mode: int) -> None:
+        sound = recorded(random, modes[mode], *places[domain])
         wave = synthesise(random, with_fault(random, sound, fault) if fault else sound, seconds)
         label = "anomaly" if fault else "normal"
-        path = part / split / f"section_00_{domain}_{split}_{label}_{index:04d}_{state}.wav"
+        path = part / split / f"section_00_{domain}_{split}_{label}_{index:04d}_mode_{mode:02d}.wav"
         path.parent.mkdir(parents=True, exist_ok=True)
         samples = np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
         wavfile.write(path, data.SAMPLE_RATE, samples)
 
-    names = list(states)
-    n_source = n_train - max(3, n_train // 16)
+    n_source = n_train - max(3, n_train // 14)
     for i in range(n_train):
-        write("train", "source" if i < n_source else "target", None, i, names[i % 12])
+        write("train", "source" if i < n_source else "target", None, i, i % 12)
     for i in range(n_test):
         for domain in ("source", "target"):
-            write("test", domain, None, i, names[i % 12])
-            write("test", domain, FAULTS[i % 4], i, names[(i + i // 12) % 12])
+            write("test", domain, None, i, i % 12)
+            write("test", domain, FAULTS[i % 4], i, (i + i // 12) % 12)
     part.rename(folder)
 
 
 def recorded(random: np.random.Generator, sound: Sound, microphone: np.ndarray, slope: float) -> Sound:
-    """Normal variation: what differs between two recordings of the same state at the same place."""
+    """Normal variation: what differs between two recordings of the same mode at the same place."""
     rate, depth = sound.modulation
     knock_rate, strength = sound.knocks
     return sound._replace(
@@ -167,22 +162,20 @@ def recorded(random: np.random.Generator, sound: Sound, microphone: np.ndarray, 
         harmonics=sound.harmonics + random.normal(0, 1, HARMONICS),
         modulation=(rate * random.normal(1, 0.03), depth * random.uniform(0.85, 1.15)),
         knocks=(knock_rate * random.normal(1, 0.03), strength * random.uniform(0.85, 1.15)),
-        noise=(slope + random.normal(0, 3.5), random.uniform(-25, -4)),
-        microphone=microphone + random.normal(0, 0.7, 9),
-        level=random.uniform(-6, 6),
+        noise=(slope + random.normal(0, 3.5), random.uniform(-25, -8)),
+        microphone=microphone + random.normal(0, 1, 9),
+        level=random.uniform(-10, 10),
     )
 
 
 def with_fault(random: np.random.Generator, sound: Sound, fault: str) -> Sound:
     if fault == "harmonics":
-        change = np.zeros(HARMONICS)
-        change[random.choice(12, 3, replace=False)] = random.choice([-9, 9], 3)
-        return sound._replace(harmonics=sound.harmonics + change)
+        return sound._replace(harmonics=sound.harmonics + random.normal(0, 4, HARMONICS))
     if fault == "knocks":
         return sound._replace(knocks=(sound.knocks[0] * random.choice([0.7, 1.4]), sound.knocks[1] + 0.8))
     if fault == "modulation":
-        return sound._replace(modulation=(sound.modulation[0] * random.choice([0.5, 2]), sound.modulation[1] + 0.3))
-    return sound._replace(pitch=sound.pitch * random.choice([0.9, 1.1]))
+        return sound._replace(modulation=(sound.modulation[0] * random.choice([0.5, 2]), sound.modulation[1] + 0.15))
+    return sound._replace(pitch=sound.pitch * random.choice([0.88, 1.12]))
 
 
 # ---------------------------------------------------------------- commands
@@ -194,8 +187,8 @@ ROWS = {  # row of the table -> the flags of its command
     "full": "--tuning full --ast-lr 2e-4",
     "LoRA": "--tuning lora --rank 8",
 }
-TRAINING = "--epochs 10 --batch-size 8 --lr 2e-3 --freq-mask 20"  # the same in every row
-MACHINES = ["blower", "chiller", "press", "sander", "winder"]  # of --all; chosen before anything was trained on them
+TRAINING = "--epochs 6 --batch-size 8 --lr 2e-3 --freq-mask 20"  # the same in every row
+MACHINES = ["centrifuge", "crusher", "drill", "loom", "mixer"]  # of --all; chosen before anything was trained on them
 SEEDS = [0, 1, 2]
 
 
@@ -242,6 +235,11 @@ def main(argv: list[str] | None = None) -> None:
         for row, machine, seed in jobs:
             trials.setdefault(row, []).append(list(figures_of(machine, row, seed).values()))
     print(f"\nMade-up sounds and a tiny AST: no figures of DCASE. {time.perf_counter() - start:.0f} s\n")
+    if args.all:
+        adapted = np.reshape(trials["LoRA"], (len(machines), len(SEEDS), -1)).mean(axis=1)
+        gain = (adapted - trials["as it is"])[:, 0]  # of the official score, of each machine
+        error = gain.std(ddof=1) / len(gain) ** 0.5
+        print(f"LoRA minus as it is: {gain.mean():.1f} ± {error:.1f} (mean and standard error over the machines)\n")
     print("| row | official score, % | AUC source | AUC target | pAUC |\n| --- | ---: | ---: | ---: | ---: |")
     for row in (row for row in ROWS if row in trials):
         means = np.mean(trials[row], axis=0)

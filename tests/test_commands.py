@@ -187,11 +187,11 @@ def test_every_name_is_a_machine_of_its_own_made_from_its_name(tmp_path):
 
 def test_the_made_up_faults_are_no_giveaway(tmp_path):
     """Nearest neighbours on the loudness alone, or on the mean spectrum alone, stay below the pre-trained AST as it
-    is: official scores, on average over three of the demo's machines, with half of their clips."""
+    is: official scores, on average over three of the demo's machines, with fewer clips."""
     ast = backbone.Embedder(backbone.load_ast(demo.WEIGHTS), "cls", None).eval()
     totals = []
     for machine in demo.MACHINES[:3]:
-        demo.make_machine(tmp_path, machine, n_train=48, n_test=12)
+        demo.make_machine(tmp_path, machine, n_train=84, n_test=12)
         clips = {split: data.list_clips(tmp_path, machine, split) for split in ("train", "test")}
         features = {"ast": {}, "mean spectrum": {}, "loudness": {}}
         for split in clips:
@@ -205,7 +205,7 @@ def test_the_made_up_faults_are_no_giveaway(tmp_path):
         scores = {name: torch.cdist(f["test"], f["train"]).min(1)[0].numpy() for name, f in features.items()}
         totals.append({n: evaluate.official_score([evaluate.machine_metrics(s, *truth)]) for n, s in scores.items()})
     means = {name: np.mean([total[name] for total in totals]) for name in totals[0]}
-    assert means["loudness"] < 0.6 and means["loudness"] < means["mean spectrum"] < means["ast"] - 0.01, means
+    assert means["loudness"] < 0.6 and means["loudness"] < means["mean spectrum"] < means["ast"] - 0.02, means
 
 
 def numbers_of(out: str) -> list[tuple[str, ...]]:
