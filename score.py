@@ -266,10 +266,9 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
     figure = Figure(figsize=(14, 3.4 + 2.4 * shown), layout="constrained")
     grid = figure.add_gridspec(1 + shown, 3, height_ratios=[1.3] + [1] * shown)
     top = figure.add_subplot(grid[0, :])
+    kinds = [clip.domain or "test clip" for clip in clips]
     if all(clip.is_anomaly is not None for clip in clips):
         kinds = ["labelled anomaly" if clip.is_anomaly else "labelled normal" for clip in clips]
-    else:
-        kinds = [clip.domain or "test clip" for clip in clips]
     for kind, colour in zip(sorted(set(kinds), reverse=True), ("tab:green", "tab:orange"), strict=False):
         ranks = [rank for rank, i in enumerate(order) if kinds[i] == kind]
         top.plot(ranks, scores[order[ranks]], "o", markersize=4, color=colour, label=f"{kind} ({len(ranks)})")
