@@ -219,10 +219,7 @@ from contextlib import contextmanager
 from scipy.io import wavfile
 from tqdm import tqdm
 
-# WAV files
-
-# scipy warns of chunks that it skips (LIST, bext, ...); what would harm us is checked below instead.
-warnings.filterwarnings("ignore", category=wavfile.WavFileWarning)
+# Folders of clips
 
 
 def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
@@ -243,9 +240,21 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
     return clips
 
 
-def read_wav(path: str | Path) -> Tensor:
-    """As decode, float32 always. What can be read: PCM of 8 to 64 bit, float, EXTENSIBLE, RF64, RIFX."""
-    return to_float(decode(path))
+def why_missing(folder: Path) -> str:
+    root, machine, split = folder.parent.parent, folder.parent.name, folder.name
+    if (folder.parent / machine / split).is_dir():
+        return f"{folder.parent / machine / split} is nested one folder too deep; move it to {folder}"
+    if machine in ARCHIVES:
+        return f"{folder} is missing; `python data.py --machine {machine} --data {root}` fetches it"
+    own = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+    near = difflib.get_close_matches(machine, DEV + EVAL + own, n=1)
+    return f"{folder} is missing; " + (f"did you mean {near[0]!r}?" if near else f"put {split} clips (WAV) there")
+
+
+# WAV files
+
+# scipy warns of chunks that it skips (LIST, bext, ...); what would harm us is checked below instead.
+warnings.filterwarnings("ignore", category=wavfile.WavFileWarning)
 
 
 class WholeBytes(io.BytesIO):
@@ -287,6 +296,11 @@ def read_samples(path: str | Path) -> tuple[int, np.ndarray]:
         raise ValueError(f"{path}: a damaged or incomplete header") from error
 
 
+def read_wav(path: str | Path) -> Tensor:
+    """As decode, float32 always. What can be read: PCM of 8 to 64 bit, float, EXTENSIBLE, RF64, RIFX."""
+    return to_float(decode(path))
+
+
 def check_clips(clips: list[Clip]) -> list[int]:
     """Decode every clip once, before any long work; -> their lengths in samples at 16 kHz.
 
@@ -307,17 +321,6 @@ def check_clips(clips: list[Clip]) -> list[int]:
         listed = "; ".join(bad[:10])
         raise ValueError(f"{len(bad)} of {len(clips)} clips cannot be used (mend or remove them): {listed}{more}")
     return lengths
-
-
-def why_missing(folder: Path) -> str:
-    root, machine, split = folder.parent.parent, folder.parent.name, folder.name
-    if (folder.parent / machine / split).is_dir():
-        return f"{folder.parent / machine / split} is nested one folder too deep; move it to {folder}"
-    if machine in ARCHIVES:
-        return f"{folder} is missing; `python data.py --machine {machine} --data {root}` fetches it"
-    own = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    near = difflib.get_close_matches(machine, DEV + EVAL + own, n=1)
-    return f"{folder} is missing; " + (f"did you mean {near[0]!r}?" if near else f"put {split} clips (WAV) there")
 
 
 # What the commands share
