@@ -21,7 +21,6 @@ from torch import Tensor, nn
 from data import N_FRAMES, N_MELS
 
 PATCH, STRIDE = 16, 10  # neighbouring patches overlap by 6
-HEAD_DIM = 64  # in every AST and DeiT size
 
 
 class Attention(nn.Module):
@@ -171,6 +170,7 @@ import data
 
 # Loading public weights
 
+HEAD_DIM = 64  # in every AST and DeiT size
 WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
 HUB = "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve"
 WEIGHTS_URL = f"{HUB}/f826b80d28226b62986cc218e5cec390b1096902/model.safetensors"

@@ -1,6 +1,6 @@
 """From WAV files to what the network sees, and from file names to labels.
 
-    wave (n_samples,) 16 kHz in [-1, 1]
+    wave (n_samples,) 16 kHz in [-1, 1], of a longer clip windows of 164,080 samples
       -> log_mel       X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])      (T frames, 128 mel bins)
       -> fit_frames    zeros up to T = 1024 frames, or cut                      (1024, 128)
       -> normalise     (X + 4.268) / (2 · 4.569)                                (1024, 128)

@@ -10,9 +10,9 @@ neighbour, so its own score leaves itself out. Distances differ between the many
 
     none      one bank of all training clips, no correction
     test      a bank per domain, (score - μ) / σ with μ, σ of the test clips' scores, the smaller of the two:
-              TRANSDUCTIVE, it looks at the whole test set (the lab's released RMIS back-end)
+              TRANSDUCTIVE, scores and threshold look at the whole test set (the lab's released RMIS back-end)
     train     the same with μ, σ of the bank's own leave-one-out scores (ours: needs no test clips)
-    density   one bank, d(x, y) / ρ(y), ρ(y) = mean distance of y to its 4 nearest training clips
+    density   one bank, d(x, y) / ρ(y), ρ(y) = mean distance of y to its 4 nearest in the bank
               (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
     python score.py --machine fan                      # with the model in runs/fan
@@ -86,7 +86,8 @@ def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None
                    smote_ratio: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
     """One machine: train (n, D), test (m, D) -> test scores (m,), training scores (n,) each with itself left out.
 
-    domains: of each training clip. smote_ratio: fill the target clips up to this share of the source clips; 0 = off.
+    domains: of each training clip. smote_ratio: fill the target clips up to this share of the source clips, with
+    unit-length points on the lines between them; 0 = off.
     A training clip is compared with the other real clips only: a synthetic one may be made from itself.
     ValueError: too few clips for what is asked.
     """

@@ -9,8 +9,9 @@ machine is an anomaly (score.py). For a clip x of class y, with unit-length embe
                                                      s = scale, m = margin, C classes
 
 Trained are the LoRA matrices, the pooling, the linear layer and the class centres; the AST stays frozen. By default
-rank 64 on q and v of all blocks, attentive statistics to 256 dimensions, s = 30, m = 0.2, SpecAug up to 80 frames and
-80 bins, AdamW at 1e-4 after a warm-up, 25 epochs in batches of 32: -h and README.md say where each value comes from.
+rank 64 on q and v of all blocks (alpha 64, no dropout), attentive statistics to 256 dimensions, s = 30, m = 0.2,
+SpecAug up to 80 frames and 80 bins, AdamW at 1e-4 after a warm-up, 25 epochs in batches of 32: -h and README.md say
+where each value comes from.
 
     python train.py --machine fan            # or several, or dev, eval, all: one joint model
 
@@ -55,7 +56,7 @@ class ArcFace(nn.Module):
         sin_y = ((1 - cos_y) * (1 + cos_y)).clamp(min=1e-12).sqrt()
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
         # Beyond θ = π - m, cos(θ + m) would rise again and reward the worst clips; the authors' code
-        # (insightface, easy_margin off) goes on falling there, in a straight line.
+        # (insightface, easy_margin off) goes on falling there, in a straight line of cos θ.
         line = cos_y - self.margin * math.sin(self.margin)
         with_margin = torch.where(cos_y > -math.cos(self.margin), with_margin, line)
         return self.scale * cos.scatter(1, labels[:, None], with_margin)

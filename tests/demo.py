@@ -2,7 +2,7 @@
 
     python tests/demo.py                    # one machine: the AST as it is, then adapted with LoRA
     python tests/demo.py --machine pump     # any name is a machine of its own
-    python tests/demo.py --all              # five machines x three seeds x four rows, up to an hour
+    python tests/demo.py --all              # five machines x three seeds x four rows, half an hour
 
 Writes the sounds of a machine to data/demo/<name> in the challenge's layout, then runs the ordinary commands, each
 printed before it runs, with the tiny AST that tests/pretrain.py has pre-trained on other made-up sounds. It shows what
