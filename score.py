@@ -216,7 +216,7 @@ def embed_machines(machines: list[str], model: Embedder, model_id: str, args: ar
             made = embed(model, todo, list(islice(lengths, len(todo))), args.batch_size, args.workers)
             kept[m] |= zip(new_ids, made, strict=True)
         rows = np.stack([kept[m][id] for id in ids[m]])
-        if new[m] or len(kept[m]) > len(ids[m]):
+        if new[m]:
             with data.whole_file(args.run / f"embeddings_{m}.npz") as file:
                 np.savez(file, model=model_id, files=ids[m], embeddings=rows)
         yield clips[m], rows

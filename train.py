@@ -223,7 +223,8 @@ DIVERGED = "{} is not finite at step {}; last.pt holds the epochs before; take a
 # What a run folder holds beside args.json. With adapter.pt, a run is finished: it is the first to be removed, so that
 # whenever that is cut short, no file is taken for one of the new run.
 SCORES = ["anomaly_score_*.csv", "decision_result_*.csv", "nearest_*.csv", "metrics.csv", "scoring_*.json", "*.png"]
-RESULTS = ["adapter.pt", *SCORES, "embeddings_*.npz", "last.pt", "log.csv"]
+RESULTS = ["adapter.pt", *SCORES, "embeddings_*.npz"]
+PROGRESS = ["last.pt", "log.csv"]
 # Between a run and its --resume: places, hardware, and how long.
 MAY_DIFFER = {"run", "data", "weights", "workers", "device", "compile", "epochs"}
 
@@ -262,7 +263,7 @@ def open_run(args: argparse.Namespace, clips: list, classes: list) -> tuple[dict
         return record, None
     old = data.read_json(run / "args.json")
     if not old:
-        if any(any(run.glob(pattern)) for pattern in RESULTS):
+        if any(any(run.glob(pattern)) for pattern in RESULTS + PROGRESS):
             results = f"{run} holds results of no known run"
             raise ValueError(f"{results}; --overwrite removes them, --run names another folder")
         return record, None
@@ -294,7 +295,7 @@ def is_finished(args: argparse.Namespace, checkpoint: dict | None) -> bool:
 def start_run(args, record: dict, checkpoint: dict | None, model: Embedder, arcface: ArcFace, optimizer) -> tuple:
     """-> (last whole epoch, last step, log); model, class centres and optimizer become what they were after it.
 
-    Makes the folder and removes what a run before has left, but for last.pt and log.csv when resuming.
+    Makes the folder and removes what a run before has left; resuming needs last.pt and log.csv.
     """
     run, state = Path(args.run), checkpoint or {"epoch": 0, "step": 0, "log": []}
     if checkpoint:
@@ -303,7 +304,7 @@ def start_run(args, record: dict, checkpoint: dict | None, model: Embedder, arcf
         optimizer.load_state_dict(checkpoint["optimizer"])
         print(f"resuming after epoch {checkpoint['epoch']}")
     data.make_run_folder(run)
-    for pattern in ["adapter.pt", *SCORES] if checkpoint else RESULTS:
+    for pattern in RESULTS if checkpoint else RESULTS + PROGRESS:
         for path in run.glob(pattern):
             path.unlink()
     data.write_file(run / "args.json", json.dumps(record, indent=1).encode())

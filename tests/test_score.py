@@ -464,7 +464,7 @@ def test_embeddings_of_another_model_are_refused(small, capsys):
     small_machines("fan")
     folder = trained()
     scored()
-    os.rename(folder / "embeddings_fan.npz", "kept")
+    shutil.copy(folder / "embeddings_fan.npz", "kept")
     trained("--overwrite", "--seed", "1")
     assert not (folder / "embeddings_fan.npz").exists(), "a new training removes what the old one scored"
     os.rename("kept", folder / "embeddings_fan.npz")

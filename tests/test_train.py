@@ -392,6 +392,25 @@ def test_a_resumed_run_ends_with_the_same_bytes(small, monkeypatch, capsys, tuni
     assert results(run(*flags, "--resume")) == whole
 
 
+@pytest.mark.parametrize(
+    ("flag", "left"), [("--resume", ["args.json", "last.pt", "log.csv"]), ("--overwrite", ["args.json"])]
+)
+def test_a_run_cut_off_in_its_first_epoch_leaves_nothing_of_the_one_before(small, monkeypatch, flag, left):
+    """But for what --resume needs: else last.pt of one run could be taken for the other's, or its embeddings."""
+    small_machines("fan")
+    folder = run("--epochs", "1")
+    for name in ("anomaly_score_fan_section_00_test.csv", "embeddings_fan.npz", "fan.png", "metrics.csv"):
+        (folder / name).touch()
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train, "train_epoch", stop)
+    with pytest.raises(SystemExit):
+        run("--epochs", "2", flag)
+    assert sorted(path.name for path in folder.iterdir()) == left
+
+
 @pytest.mark.parametrize("finished", [True, False])
 def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(small, monkeypatch, finished):
     """Other places, other workers, more epochs; what was scored with the shorter run is gone."""
