@@ -260,7 +260,7 @@ def own_run(tmp_path_factory):
 
 
 BACK_ENDS = [[], ["--k", "2"], ["--smote", "0.7"], ["--normalize", "train"], ["--normalize", "test"],
-             ["--normalize", "density"], ["--normalize", "train", "--k", "2", "--smote", "0.7"],
+             ["--normalize", "density"], ["--normalize", "train", "--k", "2", "--smote", "2.5"],
              ["--normalize", "density", "--k", "2", "--smote", "0.7"], ["--pretrained"]]  # fmt: skip
 
 
