@@ -286,7 +286,7 @@ def open_run(args: argparse.Namespace, clips: list, classes: list) -> tuple[dict
 
 def is_finished(args: argparse.Namespace, checkpoint: dict | None) -> bool:
     """Then its scores stay as they are."""
-    finished = checkpoint and checkpoint["epoch"] == args.epochs and Path(args.run, "adapter.pt").exists()
+    finished = bool(checkpoint) and checkpoint["epoch"] == args.epochs and Path(args.run, "adapter.pt").exists()
     if finished:
         print(f"{args.run} is finished already; next: {data.next_command('score.py', args.machine, args.run)}")
     return finished
