@@ -30,9 +30,10 @@ EPS = sys.float_info.epsilon  # the official code's guard: 0 / 0 is then 0
 def machine_metrics(
     scores: np.ndarray, is_anomaly: np.ndarray, is_target: np.ndarray, decisions: np.ndarray | None = None
 ) -> dict[str, float]:
-    """All figures of one machine from its test clips, arrays (n,): auc_source, auc_target, pauc, precision_source, ...,
-    f1_target in [0, 1]; NaN where one is undefined (an AUC without normal clips or anomalies; P, R, F1 without
-    clips or decisions)."""
+    """One machine's test clips, arrays (n,), -> auc_source, auc_target, pauc, precision_source, ..., f1_target in [0, 1].
+
+    NaN where one is undefined: an AUC without normal clips or anomalies, the others without clips or decisions.
+    """
     scores = np.asarray(scores, float)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
     metrics = {"pauc": auc(is_anomaly, scores, max_fpr=0.1)}

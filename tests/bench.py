@@ -1,7 +1,7 @@
 """How fast, against what one would use instead: transformers' AST with peft's LoRA, fed by torchaudio's fbank.
 
     pip install transformers peft          # optional: without them the rows that need them are left out
-    python tests/bench.py                  # 10 minutes on two CPU cores; not yet run on a GPU
+    python tests/bench.py                  # 5 minutes on two CPU cores; not yet run on a GPU
     python tests/bench.py --quick          # LoRA step, log-mel and start-up only: 3 minutes on two CPU cores
 
 Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the same input (bare
