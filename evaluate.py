@@ -30,7 +30,7 @@ EPS = sys.float_info.epsilon  # the official code's guard: 0 / 0 is then 0
 def machine_metrics(
     scores: np.ndarray, is_anomaly: np.ndarray, is_target: np.ndarray, decisions: np.ndarray | None = None
 ) -> dict[str, float]:
-    """One machine's test clips, arrays (n,), -> auc_source, auc_target, pauc, precision_source, ..., f1_target in [0, 1].
+    """One machine's test clips, arrays (n,) -> auc_source, auc_target, pauc, precision_source, ..., f1_target, 0 to 1.
 
     NaN where one is undefined: an AUC without normal clips or anomalies, the others without clips or decisions.
     """
