@@ -220,7 +220,7 @@ def load_ast(path: str | Path) -> AST:
             raise ValueError(f"{names[0]} has values that are not finite")
         ast.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
     except RuntimeError as error:  # PyTorch's own list of what is missing, too much, or of another shape
-        differs = " ".join(str(error).split()[6:])[:200]
+        differs = " ".join(str(error).partition(":")[2].split())[:200]
         raise ValueError(f"{path}: not this AST (an ImageNet ViT? other strides?): {differs}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error

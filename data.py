@@ -327,6 +327,7 @@ def check_clips(clips: list[Clip]) -> list[int]:
 
 DEV = ["ToyCar", "ToyTrain", "bearing", "fan", "gearbox", "slider", "valve"]
 EVAL = ["ToyDrone", "ToyNscale", "ToyTank", "Vacuum", "bandsaw", "grinder", "shaker"]
+PLACES = {"run", "data", "weights", "workers", "device", "compile"}  # train.py's arguments that change no result
 
 
 def machine_names(names: list[str]) -> list[str]:

@@ -153,7 +153,7 @@ def setting_of(run: Path, rows: list[dict]) -> str:
     """Two runs with the same setting are trials of one thing: all arguments equal but the seed, scored alike."""
     record = data.read_json(run / "args.json")
     args = record.get("args", {"run": str(run)})  # without args.json, a setting of its own
-    irrelevant = ("seed", "run", "data", "weights", "workers", "device", "compile") if "seed" in args else ()
+    irrelevant = {*data.PLACES, "seed"} if "seed" in args else ()
     args = {key: value for key, value in args.items() if key not in irrelevant}
     how = [(row["model"], row["normalize"], row["k"], row["smote"]) for row in rows]
     return json.dumps([args, record.get("weights_sha256"), how], sort_keys=True)

@@ -142,7 +142,6 @@ import json
 import shlex
 import sys
 import zipfile
-from itertools import islice
 from pathlib import Path
 
 from scipy.ndimage import uniform_filter1d
@@ -205,20 +204,20 @@ def embed_machines(machines: list[str], model: Embedder, model_id: str, args: ar
     ValueError: clips that cannot be used, an embeddings file that is damaged or of another model.
     """
     clips = {m: [clip for split in ("train", "test") for clip in list_clips(args.data, m, split)] for m in machines}
-    ids = {m: [file_id(clip) for clip in clips[m]] for m in machines}
+    ids = {clip: file_id(clip) for m in machines for clip in clips[m]}
     kept = {m: read_kept(args.run / f"embeddings_{m}.npz", model_id) for m in machines}
-    new = {m: [(clip, id) for clip, id in zip(clips[m], ids[m], strict=True) if id not in kept[m]] for m in machines}
-    lengths = iter(data.check_clips([clip for m in machines for clip, _ in new[m]]))
+    new = {m: [clip for clip in clips[m] if ids[clip] not in kept[m]] for m in machines}
+    unchecked = [clip for m in machines for clip in new[m]]
+    lengths = dict(zip(unchecked, data.check_clips(unchecked), strict=True))
     data.make_run_folder(args.run)
     for m in machines:
         if new[m]:
-            todo, new_ids = zip(*new[m], strict=True)
-            made = embed(model, todo, list(islice(lengths, len(todo))), args.batch_size, args.workers)
-            kept[m] |= zip(new_ids, made, strict=True)
-        rows = np.stack([kept[m][id] for id in ids[m]])
+            made = embed(model, new[m], [lengths[clip] for clip in new[m]], args.batch_size, args.workers)
+            kept[m] |= {ids[clip]: row for clip, row in zip(new[m], made, strict=True)}
+        rows = np.stack([kept[m][ids[clip]] for clip in clips[m]])
         if new[m]:
             with data.whole_file(args.run / f"embeddings_{m}.npz") as file:
-                np.savez(file, model=model_id, files=ids[m], embeddings=rows)
+                np.savez(file, model=model_id, files=[ids[clip] for clip in clips[m]], embeddings=rows)
         yield clips[m], rows
 
 

@@ -176,20 +176,18 @@ def train(args: argparse.Namespace) -> None:
     if args.compile:
         model.compile()
 
-    epochs, plan = range(done + 1, args.epochs + 1), {}
-    for epoch in epochs:
-        drawn = draw_batches(lengths, args.batch_size, epoch_seeds(args.seed, epoch)[0])
-        plan[epoch] = [drawn[i : i + args.accumulate] for i in range(0, len(drawn), args.accumulate)]
     # One loader over all epochs: its workers read on while an epoch ends.
-    every_batch = [batch for epoch in epochs for batches_of_step in plan[epoch] for batch in batches_of_step]
-    batches = iter(data.make_loader(clips, every_batch, args.workers, device))
+    epochs = range(done + 1, args.epochs + 1)
+    drawn = {e: draw_batches(lengths, args.batch_size, epoch_seeds(args.seed, e)[0]) for e in epochs}
+    batches = iter(data.make_loader(clips, [batch for e in epochs for batch in drawn[e]], args.workers, device))
     augment = SpecAug(args.time_mask, args.freq_mask)
     with tqdm(total=args.epochs * len(clips), initial=done * len(clips), unit="clip", disable=None) as progress:
         for epoch in epochs:
             progress.set_description(f"epoch {epoch}/{args.epochs}")
             torch.manual_seed(epoch_seeds(args.seed, epoch)[1])
+            steps = [drawn[epoch][i : i + args.accumulate] for i in range(0, len(drawn[epoch]), args.accumulate)]
             step, loss, accuracy = train_epoch(
-                model, arcface, optimizer, augment, labels, batches, plan[epoch], step, warmup, progress
+                model, arcface, optimizer, augment, labels, batches, steps, step, warmup, progress
             )
             lr = args.lr * warm_up(step, warmup)
             log.append({"epoch": epoch, "step": step, "lr": lr, "loss": loss, "accuracy": accuracy})
@@ -225,8 +223,7 @@ DIVERGED = "{} is not finite at step {}; last.pt holds the epochs before; take a
 SCORES = ["anomaly_score_*.csv", "decision_result_*.csv", "nearest_*.csv", "metrics.csv", "scoring_*.json", "*.png"]
 RESULTS = ["adapter.pt", *SCORES, "embeddings_*.npz"]
 PROGRESS = ["last.pt", "log.csv"]
-# Between a run and its --resume: places, hardware, and how long.
-MAY_DIFFER = {"run", "data", "weights", "workers", "device", "compile", "epochs"}
+MAY_DIFFER = {*data.PLACES, "epochs"}  # between a run and its --resume
 
 
 def describe(args: argparse.Namespace, clips: list, classes: list) -> dict:
@@ -285,7 +282,7 @@ def open_run(args: argparse.Namespace, clips: list, classes: list) -> tuple[dict
 
 
 def is_finished(args: argparse.Namespace, checkpoint: dict | None) -> bool:
-    """Then its scores stay as they are."""
+    """If so, says what comes next: the run and its scores stay as they are."""
     finished = bool(checkpoint) and checkpoint["epoch"] == args.epochs and Path(args.run, "adapter.pt").exists()
     if finished:
         print(f"{args.run} is finished already; next: {data.next_command('score.py', args.machine, args.run)}")
