@@ -1,6 +1,8 @@
-"""The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, arXiv 2104.01778).
+"""The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, arXiv
+2104.01778).
 
-A ViT on the spectrogram x (T = 1024 frames, F = 128 mel bins), N = 2 + 12·101 = 1214 tokens of D dimensions:
+A ViT on the spectrogram x (T = 1024 frames, F = 128 mel bins), N = 2 + 12·101 = 1214 tokens of D
+dimensions:
 
     z⁰ = [cls, dist, patches(x)] + pos
     z  = z + Attention(LayerNorm(z)),   z = z + MLP(LayerNorm(z))        12 blocks
@@ -11,7 +13,8 @@ and what turns its tokens into the one vector that is scored:
 
     embedding = linear(pool(tokens)) / ‖linear(pool(tokens))‖
 
-data.py makes x, lora.py adapts the linear layers, train.py trains. `python backbone.py` fetches the public weights.
+data.py makes x, lora.py adapts the linear layers, train.py trains. `python backbone.py` fetches the
+public weights.
 """
 
 import torch
@@ -29,8 +32,8 @@ class Attention(nn.Module):
     def __init__(self, dim: int, heads: int):
         super().__init__()
         self.heads = heads
-        # AST stores q, k and v as one fused layer. Three layers compute the same, and "LoRA on q and v"
-        # then means exactly two of them.
+        # AST stores q, k and v as one fused layer. Three layers compute the same, and "LoRA on q
+        # and v" then means exactly two of them.
         self.q = nn.Linear(dim, dim)
         self.k = nn.Linear(dim, dim)
         self.v = nn.Linear(dim, dim)
@@ -39,7 +42,10 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, N, D = x.shape
         # (B, N, D) -> (B, heads, N, D / heads)
-        q, k, v = (layer(x).view(B, N, self.heads, -1).transpose(1, 2) for layer in (self.q, self.k, self.v))
+        q, k, v = (
+            layer(x).view(B, N, self.heads, -1).transpose(1, 2)
+            for layer in (self.q, self.k, self.v)
+        )
         x = F.scaled_dot_product_attention(q, k, v)  # divides by √(D / heads)
         return self.proj(x.transpose(1, 2).reshape(B, N, D))
 
@@ -75,13 +81,16 @@ class Block(nn.Module):
 class AST(nn.Module):
     """The Transformer with random weights; `load_ast` gives the trained one.
 
-    forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim), all tokens after the final norm: two class
-    tokens, then the patches. ValueError: another input shape. Source: github.com/YuanGongND/ast, 31088be.
+    forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim), all tokens after the final
+    norm: two class tokens, then the patches. ValueError: another input shape. Source:
+    github.com/YuanGongND/ast, 31088be.
     """
 
     def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12):
         super().__init__()
-        n_patches = ((N_MELS - PATCH) // STRIDE + 1) * ((N_FRAMES - PATCH) // STRIDE + 1)  # 12 · 101
+        n_patches = ((N_MELS - PATCH) // STRIDE + 1) * (
+            (N_FRAMES - PATCH) // STRIDE + 1
+        )  # 12 · 101
         self.patch_embed = nn.Conv2d(1, dim, kernel_size=PATCH, stride=STRIDE)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.dist_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)  # DeiT's distillation token
@@ -91,12 +100,20 @@ class AST(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.shape[1:] != (N_FRAMES, N_MELS):
-            raise ValueError(f"the AST needs (B, {N_FRAMES}, {N_MELS}) frames and mel bins, got {tuple(x.shape)}")
+            raise ValueError(
+                f"the AST needs (B, {N_FRAMES}, {N_MELS}) frames and mel bins, got {tuple(x.shape)}"
+            )
         B = len(x)
-        x = x.unsqueeze(1).transpose(2, 3)  # (B, T, F) -> (B, 1, F, T): an image with frequency as its height
+        x = x.unsqueeze(1).transpose(
+            2, 3
+        )  # (B, T, F) -> (B, 1, F, T): an image with frequency as its height
         x = self.patch_embed(x)  # (B, D, 12, 101)
-        x = x.flatten(2).transpose(1, 2)  # (B, 1212, D), patch of (f, t) at f · 101 + t: time runs fastest
-        x = torch.cat([self.cls_token.expand(B, -1, -1), self.dist_token.expand(B, -1, -1), x], dim=1)
+        x = x.flatten(2).transpose(
+            1, 2
+        )  # (B, 1212, D), patch of (f, t) at f · 101 + t: time runs fastest
+        x = torch.cat(
+            [self.cls_token.expand(B, -1, -1), self.dist_token.expand(B, -1, -1), x], dim=1
+        )
         x = x + self.pos_embed  # (B, 1214, D)
         for block in self.blocks:
             x = block(x)
@@ -132,10 +149,14 @@ class AttentiveStatisticsPooling(nn.Module):
         h = tokens[:, 2:]  # (B, 1212, D)
         std, mean = torch.std_mean(h, dim=1, correction=0)  # (B, D) each
         context = self.hidden_of_context(torch.cat([mean, std], dim=1))[:, None]  # (B, 1, hidden)
-        a = self.weights(torch.tanh(self.hidden_of_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
+        a = self.weights(torch.tanh(self.hidden_of_token(h) + context)).softmax(
+            dim=1
+        )  # (B, 1212, D)
         mean = (a * h).sum(dim=1)
         variance = (a * (h - mean[:, None]).square()).sum(dim=1)
-        return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1)  # √ is infinitely steep at 0
+        return torch.cat(
+            [mean, variance.clamp(min=1e-6).sqrt()], dim=1
+        )  # √ is infinitely steep at 0
 
 
 class Embedder(nn.Module):
@@ -177,7 +198,8 @@ WEIGHTS_URL = f"{HUB}/f826b80d28226b62986cc218e5cec390b1096902/model.safetensors
 WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
 
 # The same weights are published under other names: by the authors (.pth), on the Hugging Face hub
-# (.bin, .safetensors), and as transformers 5 holds them in memory. Left to right gives the names above.
+# (.bin, .safetensors), and as transformers 5 holds them in memory. Left to right gives the names
+# above.
 RENAMES = [
     (r"^module\.", ""),
     (r"^(v|audio_spectrogram_transformer)\.", ""),
@@ -196,39 +218,49 @@ RENAMES = [
     (r"\.layernorm_after\.", ".norm2."),
     (r"^layernorm\.", "norm."),
 ]
-CLASSIFIER = r"(module\.)?(v\.head|v\.head_dist|mlp_head\.[01]|classifier\.(layernorm|dense))\.(weight|bias)"
+CLASSIFIER = (
+    r"(module\.)?(v\.head|v\.head_dist|mlp_head\.[01]|classifier\.(layernorm|dense))\.(weight|bias)"
+)
 DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
 def load_ast(path: str | Path) -> AST:
     """The AST in a weight file: .pth, .bin or .safetensors (told apart by content), any DeiT size.
 
-    float16, bfloat16 and float64 tensors are converted to float32. The AudioSet classifier is dropped
-    by name; everything else must match one to one, names and shapes.
-    ValueError (naming file and reason): not a weight file, truncated, not an AST.
-    FileNotFoundError: no such file.
+    float16, bfloat16 and float64 tensors are converted to float32. The AudioSet classifier is
+    dropped by name; everything else must match one to one, names and shapes. ValueError (naming
+    file and reason): not a weight file, truncated, not an AST. FileNotFoundError: no such file.
     """
     try:
         state = rename(read_tensors(path))
         depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
         dim = state["norm.weight"].numel() if "norm.weight" in state else 0
         if not dim or dim % HEAD_DIM or not depth:
-            raise ValueError(f"not an AST (no norm.weight of a multiple of {HEAD_DIM}, or no blocks)")
+            raise ValueError(
+                f"not an AST (no norm.weight of a multiple of {HEAD_DIM}, or no blocks)"
+            )
         with torch.device("meta"):  # shapes without memory: every weight comes from the file
             ast = AST(dim, depth, dim // HEAD_DIM)
         if names := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{names[0]} has values that are not finite")
-        ast.load_state_dict({name: tensor.float().clone() for name, tensor in state.items()}, assign=True)
-    except RuntimeError as error:  # PyTorch's own list of what is missing, too much, or of another shape
+        ast.load_state_dict(
+            {name: tensor.float().clone() for name, tensor in state.items()}, assign=True
+        )
+    except (
+        RuntimeError
+    ) as error:  # PyTorch's own list of what is missing, too much, or of another shape
         differs = " ".join(str(error).partition(":")[2].split())[:200]
-        raise ValueError(f"{path}: not this AST (an ImageNet ViT? other strides?): {differs}") from error
+        raise ValueError(
+            f"{path}: not this AST (an ImageNet ViT? other strides?): {differs}"
+        ) from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return ast
 
 
 def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """To the names of `AST`, without the classifier, the fused qkv split. ValueError: two tensors of one name."""
+    """To the names of `AST`, without the classifier, the fused qkv split. ValueError: two tensors
+    of one name."""
     state = {}
     for name, tensor in tensors.items():
         if re.fullmatch(CLASSIFIER, name):
@@ -237,7 +269,10 @@ def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(pattern, replacement, name)
         parts = {name: tensor}
         if ".attn.qkv." in name and tensor.ndim and len(tensor) % 3 == 0:
-            parts = {name.replace("qkv", letter): part for letter, part in zip("qkv", tensor.chunk(3), strict=True)}
+            parts = {
+                name.replace("qkv", letter): part
+                for letter, part in zip("qkv", tensor.chunk(3), strict=True)
+            }
         if doubled := parts.keys() & state.keys():
             raise ValueError(f"two tensors for {min(doubled)}")
         state |= parts
@@ -245,14 +280,19 @@ def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor, from a safetensors file or from a PyTorch file. ValueError: neither, or damaged."""
+    """Name -> tensor, from a safetensors file or from a PyTorch file. ValueError: neither, or
+    damaged."""
     raw = Path(path).read_bytes()
     tensors = (read_safetensors if raw[8:9] == b"{" else unpickle)(raw)
-    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(tensor, Tensor) for tensor in tensors.values()
+    ):
         raise ValueError("holds something else than tensors by name")
     for name, tensor in tensors.items():
         if not isinstance(name, str) or not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; weights are floating-point tensors by name")
+            raise ValueError(
+                f"{name} is {tensor.dtype}; weights are floating-point tensors by name"
+            )
     return tensors
 
 
@@ -262,7 +302,8 @@ DAMAGE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupEr
 
 
 def load_file(path: str | Path) -> object:
-    """What `torch.save` wrote, on the CPU. ValueError (naming the file): truncated, damaged, or something else."""
+    """What `torch.save` wrote, on the CPU. ValueError (naming the file): truncated, damaged, or
+    something else."""
     try:
         return unpickle(Path(path).read_bytes())
     except ValueError as error:
@@ -274,12 +315,19 @@ def unpickle(raw: bytes) -> object:
     try:
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        kind = "a web page" if raw.lstrip()[:1] == b"<" else "truncated, damaged, or not a file of tensors"
-        raise ValueError(f"cannot be loaded: {kind}; delete it and fetch or make it again") from error
+        kind = (
+            "a web page"
+            if raw.lstrip()[:1] == b"<"
+            else "truncated, damaged, or not a file of tensors"
+        )
+        raise ValueError(
+            f"cannot be loaded: {kind}; delete it and fetch or make it again"
+        ) from error
 
 
 def read_safetensors(raw: bytes) -> dict[str, Tensor]:
-    """8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets), the tensors' bytes."""
+    """8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets), the tensors'
+    bytes."""
     try:
         start = 8 + int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8:start])
@@ -290,34 +338,48 @@ def read_safetensors(raw: bytes) -> dict[str, Tensor]:
         body, tensors = memoryview(raw)[start:], {}
         for name, entry in header.items():
             content = bytearray(body[slice(*entry["data_offsets"])])
-            tensors[name] = torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).reshape(entry["shape"])
+            tensors[name] = torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).reshape(
+                entry["shape"]
+            )
         return tensors
     except DAMAGE as error:
-        raise ValueError(f"a truncated or invalid safetensors file ({error}); delete it and fetch it again") from error
+        raise ValueError(
+            f"a truncated or invalid safetensors file ({error}); delete it and fetch it again"
+        ) from error
 
 
 def fetch_weights(path: str | Path = WEIGHTS) -> None:
     """Download the public AudioSet weights unless they are there, and verify their SHA-256.
 
-    FileNotFoundError: `path` is another place, and empty: nothing is fetched under a name of one's own.
+    FileNotFoundError: `path` is another place, and empty: nothing is fetched under a name of one's
+    own.
     """
     if Path(path) == Path(WEIGHTS):
         data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
     elif not Path(path).exists():
-        raise FileNotFoundError(f"{path} is missing; `python backbone.py` fetches the public weights to {WEIGHTS}")
+        raise FileNotFoundError(
+            f"{path} is missing; `python backbone.py` fetches the public weights to {WEIGHTS}"
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
     parser = data.make_parser("backbone.py", about)
-    parser.add_argument("--weights", default=WEIGHTS, help="where they are (%(default)s, fetched if missing)")
+    parser.add_argument(
+        "--weights", default=WEIGHTS, help="where they are (%(default)s, fetched if missing)"
+    )
     args = parser.parse_args(argv)
     with data.one_line_errors(parser):
         fetch_weights(args.weights)
         ast = load_ast(args.weights)
         digest = data.file_digest(args.weights)
-    print(f"{args.weights}  SHA-256 {digest}", "(the public AudioSet AST)" if digest == WEIGHTS_SHA256 else "(other)")
-    print(f"AST: {len(ast.blocks)} blocks, {ast.norm.weight.numel()} dimensions, {ast.pos_embed.shape[1]} tokens")
+    print(
+        f"{args.weights}  SHA-256 {digest}",
+        "(the public AudioSet AST)" if digest == WEIGHTS_SHA256 else "(other)",
+    )
+    print(
+        f"AST: {len(ast.blocks)} blocks, {ast.norm.weight.numel()} dimensions, {ast.pos_embed.shape[1]} tokens"
+    )
     print(f"parameters: {sum(parameter.numel() for parameter in ast.parameters()):,}")
 
 

@@ -1,4 +1,5 @@
-"""LoRA: fine-tune a frozen linear layer through a low-rank update (Hu et al. 2021, arXiv 2106.09685).
+"""LoRA: fine-tune a frozen linear layer through a low-rank update (Hu et al. 2021, arXiv
+2106.09685).
 
     y = x Wᵀ + b + alpha/rank · dropout(x) Aᵀ Bᵀ          (their equation 3)
 
@@ -6,9 +7,11 @@
     A (rank, in)     trained           B (out, rank)          trained, starts at zero
 
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
-Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing at inference.
+Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing at
+inference.
 
-Nothing here knows about audio. train.py adapts the layers of backbone.py: add_lora(ast, ["q", "v"], 64, 64)
+Nothing here knows about audio. train.py adapts the layers of backbone.py: add_lora(ast, ["q", "v"],
+64, 64)
 """
 
 import math
@@ -41,8 +44,8 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). A must be (rank, in) for that: of a transposed
-        # A it would take rank for the fan-in and be far too wide.
+        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). A must be (rank, in) for that: of
+        # a transposed A it would take rank for the fan-in and be far too wide.
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -51,11 +54,14 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A new, ordinary layer with W + alpha/rank · B A, summed in float32. This layer is unchanged."""
+        """A new, ordinary layer with W + alpha/rank · B A, summed in float32. This layer is
+        unchanged."""
         out_features, in_features = self.base.weight.shape
         device, dtype = self.base.weight.device, self.base.weight.dtype
         layer = nn.Linear(in_features, out_features, self.base.bias is not None, device, dtype)
-        layer.weight.copy_(self.base.weight.float() + self.scaling * (self.B.float() @ self.A.float()))
+        layer.weight.copy_(
+            self.base.weight.float() + self.scaling * (self.B.float() @ self.A.float())
+        )
         if self.base.bias is not None:
             layer.bias.copy_(self.base.bias)
         return layer
@@ -76,7 +82,9 @@ def add_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, drop
     if not layers or not targets:
         raise ValueError("LoRA needs at least one layer and one target")
     if missing := [index for index in layers if not 0 <= index < depth]:
-        raise ValueError(f"LoRA layer {missing[0]} does not exist: this model has layers 0-{depth - 1}")
+        raise ValueError(
+            f"LoRA layer {missing[0]} does not exist: this model has layers 0-{depth - 1}"
+        )
     found = [
         (parent, name, child)
         for index in layers
@@ -94,7 +102,8 @@ def add_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, drop
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Replace every LoRALinear inside `model` by its merged layer, in place; without any, do nothing."""
+    """Replace every LoRALinear inside `model` by its merged layer, in place; without any, do
+    nothing."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
@@ -105,7 +114,8 @@ def merge_lora(model: nn.Module) -> None:
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained is what requires a gradient: {"ast.blocks.0.attn.q.A": (rank, in), ...}, and nothing else."""
+    """What was trained is what requires a gradient: {"ast.blocks.0.attn.q.A": (rank, in), ...}, and
+    nothing else."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -113,12 +123,14 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy it into a model that was prepared in the same way.
 
-    ValueError: other layers, targets or parts were trained (the names differ), or another rank or size (the
-    shapes differ); nothing has been changed then.
+    ValueError: other layers, targets or parts were trained (the names differ), or another rank or
+    size (the shapes differ); nothing has been changed then.
     """
     own = trained_state(model)
     if names := sorted(own.keys() ^ state.keys()):
-        raise ValueError(f"something else was trained: {len(names)} names differ, {names[0]} for one")
+        raise ValueError(
+            f"something else was trained: {len(names)} names differ, {names[0]} for one"
+        )
     if names := [name for name in own if own[name].shape != state[name].shape]:
         shapes = f"{tuple(state[names[0]].shape)}, not {tuple(own[names[0]].shape)}"
         raise ValueError(f"another rank or size was trained: {names[0]} is {shapes}")

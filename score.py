@@ -4,9 +4,9 @@
     score(x) = mean of the k smallest d(x, y) over the bank of training clips y          (k = 1)
     decision(x) = score(x) > 90th percentile of the training clips' own scores
 
-The trained model's adapters are merged, then: embed -> anomaly_scores -> decide. A training clip is its own nearest
-neighbour, so its own score leaves itself out. Distances differ between the many source and the few target clips;
---normalize corrects for it:
+The trained model's adapters are merged, then: embed -> anomaly_scores -> decide. A training clip is
+its own nearest neighbour, so its own score leaves itself out. Distances differ between the many
+source and the few target clips; --normalize corrects for it:
 
     none      one bank of all training clips, no correction
     test      a bank per domain, (score - μ) / σ with μ, σ of the test clips' scores, the smaller of the two:
@@ -18,7 +18,8 @@ neighbour, so its own score leaves itself out. Distances differ between the many
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
 
-writes into the run folder the challenge's CSV files, and of each test clip the nearest training clip.
+writes into the run folder the challenge's CSV files, and of each test clip the nearest training
+clip.
 """
 
 import numpy as np
@@ -36,23 +37,39 @@ DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end
 
 
 @torch.inference_mode()
-def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int = 0) -> np.ndarray:
-    """(len(clips), D) of unit length; a clip longer than 1024 frames is the mean of its windows, rescaled.
+def embed(
+    model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int = 0
+) -> np.ndarray:
+    """(len(clips), D) of unit length; a clip longer than 1024 frames is the mean of its windows,
+    rescaled.
 
-    lengths: of the clips in samples. In float32 on every device: bf16 would move distances by up to 3 %.
+    lengths: of the clips in samples. In float32 on every device: bf16 would move distances by up to
+    3 %.
     """
     model.eval()
     device = model.ast.pos_embed.device
-    windows = [[(index, start) for start in window_starts(n_samples)] for index, n_samples in enumerate(lengths)]
-    at_once = max(1, batch_size // max(map(len, windows)))  # a clip's windows stay in one batch: it is read once
-    batches = [[w for clip in windows[i : i + at_once] for w in clip] for i in range(0, len(clips), at_once)]
+    windows = [
+        [(index, start) for start in window_starts(n_samples)]
+        for index, n_samples in enumerate(lengths)
+    ]
+    at_once = max(
+        1, batch_size // max(map(len, windows))
+    )  # a clip's windows stay in one batch: it is read once
+    batches = [
+        [w for clip in windows[i : i + at_once] for w in clip]
+        for i in range(0, len(clips), at_once)
+    ]
     loader = data.make_loader(clips, batches, workers, device)
     of_window = []
-    for waves, n_samples, _ in data.progress(loader, f"embedding {clips[0].machine}", len(batches), "batches"):
+    for waves, n_samples, _ in data.progress(
+        loader, f"embedding {clips[0].machine}", len(batches), "batches"
+    ):
         x = spectrogram(waves.to(device, non_blocking=True), n_samples.to(device))
         of_window.append(model(x).cpu())  # (B, D)
     index = torch.tensor([index for batch in batches for index, _ in batch])
-    of_clip = torch.zeros(len(clips), of_window[0].shape[1]).index_add(0, index, torch.cat(of_window))
+    of_clip = torch.zeros(len(clips), of_window[0].shape[1]).index_add(
+        0, index, torch.cat(of_window)
+    )
     return F.normalize(of_clip, dim=1).numpy()
 
 
@@ -61,7 +78,8 @@ def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: in
 
 def nearest(queries: np.ndarray, bank: np.ndarray, k: int = 1, density: np.ndarray | None = None,
             own: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
-    """Mean of the k smallest distances of each query to the bank: rows of unit length (m, D), (n, D) -> (m,).
+    """Mean of the k smallest distances of each query to the bank: rows of unit length (m, D), (n,
+    D) -> (m,).
 
     density (n,): d(x, y) is divided by density[y]
     own (m,): the row of the bank that is query i itself and is left out; -1 for none
@@ -69,7 +87,9 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int = 1, density: np.ndarr
     """
     alone = own is not None and (own >= 0).any()
     if len(bank) - alone < k:
-        raise ValueError(f"{k} nearest neighbours need at least {k + alone} training clips, not {len(bank)}")
+        raise ValueError(
+            f"{k} nearest neighbours need at least {k + alone} training clips, not {len(bank)}"
+        )
     scores = []
     for i in range(0, len(queries), 1000):  # in chunks: 100,000 clips need no 100,000² matrix
         d = (1 - queries[i : i + 1000] @ bank.T).clip(min=0)  # (chunk, n); rounding may go below 0
@@ -84,12 +104,13 @@ def nearest(queries: np.ndarray, bank: np.ndarray, k: int = 1, density: np.ndarr
 
 def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None], k: int, normalize: str,
                    smote_ratio: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """One machine: train (n, D), test (m, D) -> test scores (m,), training scores (n,) each with itself left out.
+    """One machine: train (n, D), test (m, D) -> test scores (m,), training scores (n,) each with
+    itself left out.
 
-    domains: of each training clip. smote_ratio: fill the target clips up to this share of the source clips, with
-    unit-length points on the lines between them; 0 = off.
-    A training clip is compared with the other real clips only: a synthetic one may be made from itself.
-    ValueError: too few clips for what is asked.
+    domains: of each training clip. smote_ratio: fill the target clips up to this share of the
+    source clips, with unit-length points on the lines between them; 0 = off. A training clip is
+    compared with the other real clips only: a synthetic one may be made from itself. ValueError:
+    too few clips for what is asked.
     """
     n, domains = len(train), np.array(domains, object)
     synthetic = train[:0]
@@ -101,8 +122,12 @@ def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None
     if normalize in ("none", "density"):
         bank, density = np.concatenate([train, synthetic]), np.ones(n + len(synthetic), np.float32)
         if normalize == "density":
-            density = nearest(bank, bank, DENSITY_K, own=np.arange(len(bank))).clip(min=1e-6)  # 0 for copies
-        return nearest(test, bank, k, density), nearest(train, train, k, density[:n], own=np.arange(n))
+            density = nearest(bank, bank, DENSITY_K, own=np.arange(len(bank))).clip(
+                min=1e-6
+            )  # 0 for copies
+        return nearest(test, bank, k, density), nearest(
+            train, train, k, density[:n], own=np.arange(n)
+        )
 
     of_test, of_train = [], []
     for domain in ("source", "target", None):
@@ -112,7 +137,9 @@ def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None
         real = train[members]
         own = np.full(n, -1)
         own[members] = np.arange(len(members))
-        test_scores = nearest(test, np.concatenate([real, synthetic]) if domain == "target" else real, k)
+        test_scores = nearest(
+            test, np.concatenate([real, synthetic]) if domain == "target" else real, k
+        )
         train_scores = nearest(train, real, k, own=own)
         reference = train_scores[members] if normalize == "train" else test_scores
         mean, std = reference.mean(), reference.std()
@@ -125,10 +152,11 @@ def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None
 
 
 def decide(scores: np.ndarray, train_scores: np.ndarray) -> tuple[np.ndarray, float]:
-    """-> (decisions (m,) bool, threshold): above the 90th percentile of the training clips' own scores.
+    """-> (decisions (m,) bool, threshold): above the 90th percentile of the training clips' own
+    scores.
 
-    A trained model has heard those clips, and draws them together: the threshold is low, and more than one in ten
-    of the normal clips that it has not heard exceed it.
+    A trained model has heard those clips, and draws them together: the threshold is low, and more
+    than one in ten of the normal clips that it has not heard exceed it.
     """
     threshold = np.percentile(train_scores, 90)
     return scores > threshold, threshold
@@ -159,14 +187,20 @@ SMOTE_NEIGHBOURS = 2  # as in ASDKit
 
 
 def smote(target: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Synthetic rows between target clips (n, D): x + u (x' - x), u uniform on [0, 1), -> (count, D) of unit length.
+    """Synthetic rows between target clips (n, D): x + u (x' - x), u uniform on [0, 1), -> (count,
+    D) of unit length.
 
-    x is any row, x' one of the 2 nearest others (Chawla et al. 2002, arXiv 1106.1813). ValueError: fewer than 3 clips.
+    x is any row, x' one of the 2 nearest others (Chawla et al. 2002, arXiv 1106.1813). ValueError:
+    fewer than 3 clips.
     """
     if len(target) <= SMOTE_NEIGHBOURS:
-        raise ValueError(f"--smote needs at least {SMOTE_NEIGHBOURS + 1} target training clips, not {len(target)}")
+        raise ValueError(
+            f"--smote needs at least {SMOTE_NEIGHBOURS + 1} target training clips, not {len(target)}"
+        )
     random = np.random.default_rng(seed)
-    near = NearestNeighbors(n_neighbors=SMOTE_NEIGHBOURS).fit(target).kneighbors(return_distance=False)  # (n, 2)
+    near = (
+        NearestNeighbors(n_neighbors=SMOTE_NEIGHBOURS).fit(target).kneighbors(return_distance=False)
+    )  # (n, 2)
     x = random.integers(len(target), size=count)
     other = near[x, random.integers(SMOTE_NEIGHBOURS, size=count)]
     rows = target[x] + random.random((count, 1), dtype=np.float32) * (target[other] - target[x])
@@ -177,7 +211,8 @@ def smote(target: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
 
 
 def file_id(clip: Clip) -> str:
-    """What tells whether a clip is still the one that was embedded: its name, size and time of change."""
+    """What tells whether a clip is still the one that was embedded: its name, size and time of
+    change."""
     stat = clip.path.stat()
     return f"{clip.split}/{clip.path.name} {stat.st_size} {stat.st_mtime_ns}"
 
@@ -188,7 +223,10 @@ def read_kept(path: Path, model_id: str) -> dict[str, np.ndarray]:
         return {}
     try:
         with np.load(path) as stored:
-            found, kept = str(stored["model"]), dict(zip(stored["files"].tolist(), stored["embeddings"], strict=True))
+            found, kept = (
+                str(stored["model"]),
+                dict(zip(stored["files"].tolist(), stored["embeddings"], strict=True)),
+            )
     except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged; delete it") from error
     if found != model_id:
@@ -198,12 +236,17 @@ def read_kept(path: Path, model_id: str) -> dict[str, np.ndarray]:
 
 
 def embed_machines(machines: list[str], model: Embedder, model_id: str, args: argparse.Namespace):
-    """Yields each machine's training clips, then test clips, and their embeddings (n, D) in that order.
+    """Yields each machine's training clips, then test clips, and their embeddings (n, D) in that
+    order.
 
-    Kept ones where there are some; all other clips of all machines are checked before the first is embedded.
-    ValueError: clips that cannot be used, an embeddings file that is damaged or of another model.
+    Kept ones where there are some; all other clips of all machines are checked before the first is
+    embedded. ValueError: clips that cannot be used, an embeddings file that is damaged or of
+    another model.
     """
-    clips = {m: [clip for split in ("train", "test") for clip in list_clips(args.data, m, split)] for m in machines}
+    clips = {
+        m: [clip for split in ("train", "test") for clip in list_clips(args.data, m, split)]
+        for m in machines
+    }
     ids = {clip: file_id(clip) for m in machines for clip in clips[m]}
     kept = {m: read_kept(args.run / f"embeddings_{m}.npz", model_id) for m in machines}
     new = {m: [clip for clip in clips[m] if ids[clip] not in kept[m]] for m in machines}
@@ -212,38 +255,61 @@ def embed_machines(machines: list[str], model: Embedder, model_id: str, args: ar
     data.make_run_folder(args.run)
     for m in machines:
         if new[m]:
-            made = embed(model, new[m], [lengths[clip] for clip in new[m]], args.batch_size, args.workers)
+            made = embed(
+                model, new[m], [lengths[clip] for clip in new[m]], args.batch_size, args.workers
+            )
             kept[m] |= {ids[clip]: row for clip, row in zip(new[m], made, strict=True)}
         rows = np.stack([kept[m][ids[clip]] for clip in clips[m]])
         if new[m]:
             with data.whole_file(args.run / f"embeddings_{m}.npz") as file:
-                np.savez(file, model=model_id, files=[ids[clip] for clip in clips[m]], embeddings=rows)
+                np.savez(
+                    file, model=model_id, files=[ids[clip] for clip in clips[m]], embeddings=rows
+                )
         yield clips[m], rows
 
 
 # Files
 
 
-def score_machine(clips: list[Clip], rows: np.ndarray, model_id: str, args: argparse.Namespace) -> None:
+def score_machine(
+    clips: list[Clip], rows: np.ndarray, model_id: str, args: argparse.Namespace
+) -> None:
     """Score one machine and write its files."""
     run, machine, n = args.run, clips[0].machine, sum(clip.split == "train" for clip in clips)
     names, domains = [clip.path.name for clip in clips], [clip.domain for clip in clips[:n]]
     try:
-        scores, train_scores = anomaly_scores(rows[:n], rows[n:], domains, args.k, args.normalize, args.smote)
+        scores, train_scores = anomaly_scores(
+            rows[:n], rows[n:], domains, args.k, args.normalize, args.smote
+        )
     except ValueError as error:
         raise ValueError(f"{machine}: {error}") from error
     decisions, threshold = decide(scores, train_scores)
 
-    # evaluate.py prints beside the numbers how they were made; until the new ones are whole, it is told nothing
+    # evaluate.py prints beside the numbers how they were made; until the new ones are whole, it is
+    # told nothing
     how_scored = run / f"scoring_{machine}.json"
     how_scored.unlink(missing_ok=True)
-    for kind, values in (("anomaly_score", scores.tolist()), ("decision_result", decisions.astype(int))):
-        data.write_csv(run / f"{kind}_{machine}_section_00_test.csv", list(zip(names[n:], values, strict=True)))
+    for kind, values in (
+        ("anomaly_score", scores.tolist()),
+        ("decision_result", decisions.astype(int)),
+    ):
+        data.write_csv(
+            run / f"{kind}_{machine}_section_00_test.csv", list(zip(names[n:], values, strict=True))
+        )
     similarity = rows[n:] @ rows[:n].T
-    near = similarity.argmax(axis=1)  # real clips only, by plain distance, however the score was made
+    near = similarity.argmax(
+        axis=1
+    )  # real clips only, by plain distance, however the score was made
     table = zip(names[n:], [names[i] for i in near], 1 - similarity.max(axis=1), strict=True)
-    data.write_csv(run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "distance"), *table])
-    how = {"model": model_id.split()[0], "normalize": args.normalize, "k": args.k, "smote": args.smote}
+    data.write_csv(
+        run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "distance"), *table]
+    )
+    how = {
+        "model": model_id.split()[0],
+        "normalize": args.normalize,
+        "k": args.k,
+        "smote": args.smote,
+    }
     data.write_file(how_scored, json.dumps(how | {"data": str(args.data)}).encode())
 
     counts = ", ".join(f"{domains.count(d)} {d}" for d in ("source", "target") if d in domains)
@@ -258,8 +324,11 @@ def decibels(clip: Clip) -> np.ndarray:
     return 10 / np.log(10) * log_mel(data.read_wav(clip.path)[None])[0].numpy()
 
 
-def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, neighbours: list[Clip]) -> None:
-    """All scores, and for the three highest: the clip, its nearest training clip, and where it is louder."""
+def plot(
+    path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, neighbours: list[Clip]
+) -> None:
+    """All scores, and for the three highest: the clip, its nearest training clip, and where it is
+    louder."""
     from matplotlib.figure import Figure  # optional: see requirements.txt
 
     order, shown = scores.argsort(kind="stable"), min(3, len(clips))
@@ -269,11 +338,25 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
     kinds = [clip.domain or "test clip" for clip in clips]
     if all(clip.is_anomaly is not None for clip in clips):
         kinds = ["labelled anomaly" if clip.is_anomaly else "labelled normal" for clip in clips]
-    for kind, colour in zip(sorted(set(kinds), reverse=True), ("tab:green", "tab:orange"), strict=False):
+    for kind, colour in zip(
+        sorted(set(kinds), reverse=True), ("tab:green", "tab:orange"), strict=False
+    ):
         ranks = [rank for rank, i in enumerate(order) if kinds[i] == kind]
-        top.plot(ranks, scores[order[ranks]], "o", markersize=4, color=colour, label=f"{kind} ({len(ranks)})")
+        top.plot(
+            ranks,
+            scores[order[ranks]],
+            "o",
+            markersize=4,
+            color=colour,
+            label=f"{kind} ({len(ranks)})",
+        )
     above = (scores > threshold).sum()
-    top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}: {above} clips lie above")
+    top.axhline(
+        threshold,
+        color="black",
+        linestyle="--",
+        label=f"threshold {threshold:.3g}: {above} clips lie above",
+    )
     for place in range(1, shown + 1):
         xy = (len(order) - place, scores[order[-place]])
         top.annotate(str(place), xy, (0, 6), textcoords="offset points", fontsize=8, ha="center")
@@ -282,10 +365,16 @@ def plot(path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, ne
     top.legend(loc="upper left")
 
     hz = np.array([250, 500, 1000, 2000, 4000, 7500])
-    bins = mel_filters(torch.device("cpu"))[hz * FFT // SAMPLE_RATE].argmax(dim=1).numpy()  # where each is heard most
+    bins = (
+        mel_filters(torch.device("cpu"))[hz * FFT // SAMPLE_RATE].argmax(dim=1).numpy()
+    )  # where each is heard most
     pairs = [(decibels(clips[i]), decibels(neighbours[i])) for i in order[::-1][:shown]]
     every = np.concatenate([x for pair in pairs for x in pair])
-    loudness = {"vmin": np.percentile(every, 2), "vmax": np.percentile(every, 99.9), "cmap": "magma"}
+    loudness = {
+        "vmin": np.percentile(every, 2),
+        "vmax": np.percentile(every, 99.9),
+        "cmap": "magma",
+    }
     for row, (i, (clip, near)) in enumerate(zip(order[::-1], pairs, strict=False), 1):
         n = min(len(clip), len(near))
         smooth = uniform_filter1d(clip[:n] - near[:n], 50, axis=0, mode="nearest")
@@ -340,13 +429,17 @@ def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder,
     """-> (the model, ready to embed; what identifies it). Fills in --data from the run."""
     if args.pretrained:
         args.data, weights = args.data or "data", args.weights or backbone.WEIGHTS
-        data.prepare(machines, args.data, "train")  # reports a misspelt name before the weights are fetched
+        data.prepare(
+            machines, args.data, "train"
+        )  # reports a misspelt name before the weights are fetched
         backbone.fetch_weights(weights)
         model = Embedder(load_ast(weights), pooling="cls", embedding=None)
         model_id = f"pretrained {data.file_digest(weights)[:12]}"
     else:
         model, trained = train.load_run(args.run, args.weights)
-        if untrained := [machine for machine in machines if machine not in data.machine_names(trained.machine)]:
+        if untrained := [
+            machine for machine in machines if machine not in data.machine_names(trained.machine)
+        ]:
             only = f"{args.run} was not trained on {', '.join(untrained)}, only on {' '.join(trained.machine)}"
             raise ValueError(f"{only}; train jointly, or use --pretrained")
         args.data = args.data or trained.data
@@ -361,7 +454,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(argv)
     args.run = Path(args.run or data.default_run(args.machine, args.pretrained))
     args.workers = train.workers_for(args)
-    with data.one_line_errors(parser, f"python score.py {shlex.join(argv)} continues with the next machine"):
+    with data.one_line_errors(
+        parser, f"python score.py {shlex.join(argv)} continues with the next machine"
+    ):
         train.check_device(args.device)
         if args.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib; pip install matplotlib")

@@ -1,12 +1,13 @@
-"""How fast, against what one would use instead: transformers' AST with peft's LoRA, fed by torchaudio's fbank.
+"""How fast, against what one would use instead: transformers' AST with peft's LoRA, fed by
+torchaudio's fbank.
 
     pip install transformers peft          # optional: without them the rows that need them are left out
     python tests/bench.py                  # 5 minutes on two CPU cores; not yet run on a GPU
     python tests/bench.py --quick          # LoRA step, log-mel and start-up only: 3 minutes on two CPU cores
 
-Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the same input (bare
-steps and eager: the first row's figure again); each is the median of its rounds. The weights are random: speed does
-not depend on them.
+Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the
+same input (bare steps and eager: the first row's figure again); each is the median of its rounds.
+The weights are random: speed does not depend on them.
 """
 
 import argparse
@@ -42,7 +43,9 @@ ROWS: list[tuple[str, ...]] = []
 
 def row(what: str, ours: str, reference: str = "", ratio: str = "", aim: str = "") -> None:
     ROWS.append((what, ours, reference, ratio, aim))
-    print(f"{time.perf_counter() - START:5.0f} s  {what}: {ours} {reference} {ratio}", file=sys.stderr)
+    print(
+        f"{time.perf_counter() - START:5.0f} s  {what}: {ours} {reference} {ratio}", file=sys.stderr
+    )
 
 
 def sync() -> None:
@@ -65,7 +68,8 @@ def seconds(*functions, rounds: int, warmup: int = 1) -> list[float]:
 
 
 def memory(function) -> float:
-    """GiB that a first step adds at its peak on a GPU; on a CPU, what the forward pass keeps for the backward pass."""
+    """GiB that a first step adds at its peak on a GPU; on a CPU, what the forward pass keeps for
+    the backward pass."""
     if DEVICE.type == "cuda":
         before = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
@@ -99,15 +103,21 @@ class Theirs(torch.nn.Module):
             pattern = r".*layers?\.(\d+)\..*\.(q_proj|v_proj|query|value)"
             found = [re.fullmatch(pattern, "." + name) for name, _ in self.ast.named_modules()]
             names = [m.string[1:] for m in found if m and (layers is None or int(m[1]) in layers)]
-            self.ast = peft.get_peft_model(self.ast, peft.LoraConfig(r=64, lora_alpha=64, target_modules=names))
-            assert sum(p.numel() for p in self.parameters() if p.requires_grad) == 98_304 * len(names)
+            self.ast = peft.get_peft_model(
+                self.ast, peft.LoraConfig(r=64, lora_alpha=64, target_modules=names)
+            )
+            assert sum(p.numel() for p in self.parameters() if p.requires_grad) == 98_304 * len(
+                names
+            )
         self.pooling, self.linear = head.pooling, head.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return F.normalize(self.linear(self.pooling(self.ast(x).last_hidden_state)).float(), dim=1)
 
 
-def make_ours(tuning: str = "lora", layers: list[int] | None = None, ast: AST | None = None) -> Embedder:
+def make_ours(
+    tuning: str = "lora", layers: list[int] | None = None, ast: AST | None = None
+) -> Embedder:
     ast = (ast or AST()).requires_grad_(tuning == "full")
     if tuning == "lora":
         add_lora(ast, ["q", "v"], rank=64, alpha=64, layers=layers)
@@ -150,7 +160,9 @@ def front_end(step_time: float) -> None:
 
     for B in (1, 32):
         waves = (torch.rand(B, 160000) * 2 - 1).to(DEVICE)
-        ours, reference = seconds(lambda w=waves: data.log_mel(w), lambda w=waves: theirs(w), rounds=100 // B + 5)
+        ours, reference = seconds(
+            lambda w=waves: data.log_mel(w), lambda w=waves: theirs(w), rounds=100 // B + 5
+        )
         difference = (data.log_mel(waves) - theirs(waves)).abs().max().item()
         equal = "bit-equal" if difference == 0 else f"within {difference:.0e}"
         row(f"log-mel, batch {B}, {equal}", f"{1e3 * ours / B:.2f} ms/clip", f"torchaudio {1e3 * reference / B:.2f}",
@@ -165,7 +177,8 @@ def front_end(step_time: float) -> None:
 
 
 def training_steps() -> dict[str, float]:
-    """Our step against theirs, for LoRA everywhere, LoRA in the upper third, and full fine-tuning."""
+    """Our step against theirs, for LoRA everywhere, LoRA in the upper third, and full
+    fine-tuning."""
     x = torch.randn(BATCH, 1024, 128, device=DEVICE)
     times = {}
     settings = [
@@ -184,7 +197,13 @@ def training_steps() -> dict[str, float]:
             row(f"training step, {name}, batch {BATCH}", f"{BATCH / times[name]:.3g} clips/s",
                 f"transformers + peft {BATCH / reference:.3g}", f"{reference / times[name]:.2f}", aim)  # fmt: skip
             what = "peak memory" if DEVICE.type == "cuda" else "kept for backward"
-            row(f"{what}, {name}", f"{kept[0]:.2f} GiB", f"{kept[1]:.2f} GiB", f"{kept[0] / kept[1]:.2f}", "≤ 1.0")
+            row(
+                f"{what}, {name}",
+                f"{kept[0]:.2f} GiB",
+                f"{kept[1]:.2f} GiB",
+                f"{kept[0] / kept[1]:.2f}",
+                "≤ 1.0",
+            )
             del theirs
         else:
             times[name] = seconds(ours, rounds=rounds)[0]
@@ -206,7 +225,13 @@ def training_steps() -> dict[str, float]:
     if QUICK:
         return times
     upper, all_ = times["LoRA in layers 8-11"], times["LoRA 64 on q, v"]
-    row("layers 8-11 against all layers", f"{upper:.3g} s", f"{all_:.3g} s", f"{upper / all_:.2f}", "< 0.75")
+    row(
+        "layers 8-11 against all layers",
+        f"{upper:.3g} s",
+        f"{all_:.3g} s",
+        f"{upper / all_:.2f}",
+        "< 0.75",
+    )
     return times
 
 
@@ -253,7 +278,9 @@ def from_files(folder: Path, weights: Path, step_time: float) -> None:
             return torch.cat([model(x) for _ in range(n // batch)])
 
     workers, lengths = 4 if DEVICE.type == "cuda" else 0, data.check_clips(clips)
-    ours, alone = seconds(lambda: score.embed(model, clips, lengths, batch, workers), forward, rounds=2, warmup=0)
+    ours, alone = seconds(
+        lambda: score.embed(model, clips, lengths, batch, workers), forward, rounds=2, warmup=0
+    )
     row(f"embedding {n} WAV files, merged weights", f"{n / ours:.3g} clips/s", f"alone {n / alone:.3g}",
         f"{alone / ours:.0%}", "≥ 90 %")  # fmt: skip
     if DEVICE.type == "cuda":
@@ -270,7 +297,10 @@ def from_files(folder: Path, weights: Path, step_time: float) -> None:
     argv = ["--machine", "some", "--data", str(subset), "--weights", str(weights), "--run", str(folder / "run"),
             "--epochs", "2", "--batch-size", str(epoch_batch), "--device", str(DEVICE), "--overwrite"]  # fmt: skip
     ends = []
-    save_epoch, train.save_epoch = train.save_epoch, lambda *args: (save_epoch(*args), ends.append(time.perf_counter()))
+    save_epoch, train.save_epoch = (
+        train.save_epoch,
+        lambda *args: (save_epoch(*args), ends.append(time.perf_counter())),
+    )
     train.main(argv)
     train.save_epoch = save_epoch
     whole, bare = ends[1] - ends[0], step_time * epoch_clips / epoch_batch
@@ -279,7 +309,8 @@ def from_files(folder: Path, weights: Path, step_time: float) -> None:
 
 
 def start_up(folder: Path, weights: Path) -> None:
-    """From the command to the first batch on the device, in a new process: 14 machines x 1,000 clips of 1 s."""
+    """From the command to the first batch on the device, in a new process: 14 machines x 1,000
+    clips of 1 s."""
     code = (
         "import sys, os; sys.path.insert(0, sys.argv[1]); import train\n"
         "def first(*_): os._exit(0)\n"
@@ -292,16 +323,31 @@ def start_up(folder: Path, weights: Path) -> None:
         for i in range(1000):
             name = f"section_00_source_train_normal_{i:04}_spd_{i % 12}.wav"
             wavfile.write(folder / "many" / machine / "train" / name, 16000, np.roll(samples, i))
-    argv = ["--machine", *names, "--data", str(folder / "many"), "--weights", str(weights), "--device", str(DEVICE)]
+    argv = [
+        "--machine",
+        *names,
+        "--data",
+        str(folder / "many"),
+        "--weights",
+        str(weights),
+        "--device",
+        str(DEVICE),
+    ]
     argv += ["--run", str(folder / "start"), "--overwrite"]
     bare = "import torch, torchaudio, sklearn.metrics"
     silent = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     ours, imports = seconds(
-        lambda: subprocess.run([sys.executable, "-c", code, str(ROOT), *argv], check=True, **silent),
+        lambda: subprocess.run(
+            [sys.executable, "-c", code, str(ROOT), *argv], check=True, **silent
+        ),
         lambda: subprocess.run([sys.executable, "-c", bare], check=True),
         rounds=2,
     )
-    row("start-up, command to first batch, 14 x 1,000 clips", f"{ours:.1f} s", f"imports alone {imports:.1f} s")
+    row(
+        "start-up, command to first batch, 14 x 1,000 clips",
+        f"{ours:.1f} s",
+        f"imports alone {imports:.1f} s",
+    )
 
 
 def resident() -> float:
@@ -310,7 +356,8 @@ def resident() -> float:
 
 
 def growth(folder: Path) -> None:
-    """Reading and front end by number of clips, a step by batch size, neighbours by size of the bank."""
+    """Reading and front end by number of clips, a step by batch size, neighbours by size of the
+    bank."""
     clips = data.list_clips(folder, "many", "train")
     for n in (250, 500, 1000, 2000):
         before = resident()
@@ -332,7 +379,11 @@ def growth(folder: Path) -> None:
         try:
             time_ = seconds(step, rounds=10 if gpu else 1)[0]
             what = "base AST" if gpu else "tiny AST (64 x 1)"
-            row(f"growth: LoRA step, {what}, batch {B}", f"{B / time_:.3g} clips/s", f"{memory(step):.2f} GiB")
+            row(
+                f"growth: LoRA step, {what}, batch {B}",
+                f"{B / time_:.3g} clips/s",
+                f"{memory(step):.2f} GiB",
+            )
         except torch.OutOfMemoryError:
             row(f"growth: LoRA step, base AST, batch {B}", "does not fit")
         del model, step
@@ -352,7 +403,11 @@ def main() -> None:
 
         versions += f", transformers {transformers.__version__}, peft {peft.__version__}"
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    name = torch.cuda.get_device_name() if DEVICE.type == "cuda" else f"{cpu}, {torch.get_num_threads()} threads"
+    name = (
+        torch.cuda.get_device_name()
+        if DEVICE.type == "cuda"
+        else f"{cpu}, {torch.get_num_threads()} threads"
+    )
     precision = "bf16 autocast" if DEVICE.type == "cuda" else "float32"
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as temporary, contextlib.redirect_stdout(sys.stderr):
@@ -366,16 +421,22 @@ def main() -> None:
             growth(folder)
             compiled(times["LoRA 64 on q, v"])
         start_up(folder / "start-up", weights)
-    print(f"{name}; {versions}; batch {BATCH}, {precision}; {time.perf_counter() - START:.0f} s in all\n")
+    print(
+        f"{name}; {versions}; batch {BATCH}, {precision}; {time.perf_counter() - START:.0f} s in all\n"
+    )
     print("| what | ours | reference | ratio | aim |\n| --- | ---: | ---: | ---: | ---: |")
     for cells in ROWS:
         print("| " + " | ".join(cells) + " |")
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--batch-size", type=int, help="of the training steps (32 on a GPU, 1 on a CPU)")
+    parser.add_argument(
+        "--batch-size", type=int, help="of the training steps (32 on a GPU, 1 on a CPU)"
+    )
     parser.add_argument("--quick", action="store_true", help="LoRA step, log-mel and start-up only")
     args = parser.parse_args()
     QUICK = args.quick

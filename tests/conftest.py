@@ -1,8 +1,9 @@
-"""What the tests share: the scripts on the path, real clips where there are some, and a small geometry.
+"""What the tests share: the scripts on the path, real clips where there are some, and a small
+geometry.
 
-ASD_REAL names a folder with real/<machine>/{train,test}/*.wav (DCASE2023 clips under their official names),
-scores/ (score files of real systems), wav_cases/ (awkward WAV files) and golden/ (numbers that the official AST
-code printed). Tests that need it are skipped without it.
+ASD_REAL names a folder with real/<machine>/{train,test}/*.wav (DCASE2023 clips under their official
+names), scores/ (score files of real systems), wav_cases/ (awkward WAV files) and golden/ (numbers
+that the official AST code printed). Tests that need it are skipped without it.
 """
 
 import hashlib
@@ -34,7 +35,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """An empty working folder, and spectrograms of 96 frames instead of 1024: every line runs, in a tenth of the time.
+    """An empty working folder, and spectrograms of 96 frames instead of 1024: every line runs, in a
+    tenth of the time.
 
     A clip of 1 s has 98 frames then, so it is longer than one window.
     """
@@ -51,7 +53,8 @@ FLAGS = ["--weights", "ast.pth", "--device", "cpu"]
 
 
 def small_machines(*names: str, n_train: int = 7, n_test: int = 1) -> None:
-    """In the `small` fixture's folder: machines of a few short made-up clips in data/, and a tiny random AST."""
+    """In the `small` fixture's folder: machines of a few short made-up clips in data/, and a tiny
+    random AST."""
     for name in names:
         demo.make_machine("data", name, n_train, n_test, seconds=1.0)
     torch.manual_seed(0)
@@ -59,12 +62,16 @@ def small_machines(*names: str, n_train: int = 7, n_test: int = 1) -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Files by path on the loopback address, with Range, and with the faults that a test switches on."""
+    """Files by path on the loopback address, with Range, and with the faults that a test switches
+    on."""
 
     def __init__(self):
         self.files, self.requests = {}, []
         self.ignore_range, self.cut_at, self.delay = False, None, 0.0
-        self.refused_agents, self.answers = None, []  # answers: (status, headers) of the next requests
+        self.refused_agents, self.answers = (
+            None,
+            [],
+        )  # answers: (status, headers) of the next requests
         super().__init__(("127.0.0.1", 0), Handler)
         threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
         self.url = f"http://127.0.0.1:{self.server_port}"
@@ -111,7 +118,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Stands for Zenodo, GitHub and Hugging Face: what a test puts into server.files is what can be fetched."""
+    """Stands for Zenodo, GitHub and Hugging Face: what a test puts into server.files is what can be
+    fetched."""
     with Server() as server:
         monkeypatch.setattr(data, "ZENODO", f"{server.url}/zenodo")
         monkeypatch.setattr(data, "GROUND_TRUTH", f"{server.url}/truth")
@@ -127,9 +135,11 @@ def serve(server, monkeypatch, record: int, name: str, content: bytes) -> None:
 
 
 def in_a_process(main, argv: list[str], kill_after: float | None = None) -> int:
-    """Run a script's main in a process forked from this one, which has the libraries loaded; -> its exit status.
+    """Run a script's main in a process forked from this one, which has the libraries loaded; -> its
+    exit status.
 
-    kill_after  seconds until it is sent SIGKILL; the status is then -9, unless it had ended by itself
+    kill_after  seconds until it is sent SIGKILL; the status is then -9, unless it had ended by
+    itself
     """
 
     def run():
@@ -151,7 +161,8 @@ def script(name: str, *args: str, cwd: Path, **more) -> subprocess.CompletedProc
 
 
 def assert_equal_within(tolerance: float, what: str, ours, theirs) -> None:
-    """Compare, and print the largest difference: `python -m pytest -rP | grep "largest difference"` lists them all."""
+    """Compare, and print the largest difference: `python -m pytest -rP | grep "largest difference"`
+    lists them all."""
     ours, theirs = (torch.as_tensor(values).detach().double() for values in (ours, theirs))
     difference = (ours - theirs).abs().max().item()
     print(f"{what}: largest difference {difference:.1e}")

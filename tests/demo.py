@@ -1,13 +1,15 @@
-"""The method in miniature, on made-up sounds: no download, no GPU, a minute and a half on two CPU cores.
+"""The method in miniature, on made-up sounds: no download, no GPU, a minute and a half on two CPU
+cores.
 
     python tests/demo.py                    # one machine: the AST as it is, then adapted with LoRA
     python tests/demo.py --machine pump     # any name is a machine of its own
     python tests/demo.py --all              # five machines x three seeds x four rows, half an hour
 
-Writes the sounds of a machine to data/demo/<name> in the challenge's layout, then runs the ordinary commands, each
-printed before it runs, with the tiny AST that tests/pretrain.py has pre-trained on other made-up sounds. It shows what
-a run looks like and compares the rows of the paper's table in miniature, whichever of them wins; its figures are no
-figures of DCASE, and this is not the AudioSet AST.
+Writes the sounds of a machine to data/demo/<name> in the challenge's layout, then runs the ordinary
+commands, each printed before it runs, with the tiny AST that tests/pretrain.py has pre-trained on
+other made-up sounds. It shows what a run looks like and compares the rows of the paper's table in
+miniature, whichever of them wins; its figures are no figures of DCASE, and this is not the AudioSet
+AST.
 """
 
 import argparse
@@ -63,7 +65,11 @@ def synthesise(random: np.random.Generator, sound: Sound, seconds: float) -> np.
     spectrum[order] = audible * 10 ** (sound.harmonics / 20) * phases
     period = np.fft.irfft(spectrum)  # one turn of the machine, 4096 points
     period /= period.std()
-    wobble = 0.002 * np.sin(2 * np.pi * random.uniform(0.3, 1.0) * t + random.uniform(0, 6)) / (2 * np.pi * 0.6)
+    wobble = (
+        0.002
+        * np.sin(2 * np.pi * random.uniform(0.3, 1.0) * t + random.uniform(0, 6))
+        / (2 * np.pi * 0.6)
+    )
     position = sound.pitch * (t + wobble) % 1 * 4096
     i = position.astype(int)
     wave = period[i] + (position - i) * (np.roll(period, -1)[i] - period[i])
@@ -82,7 +88,9 @@ def synthesise(random: np.random.Generator, sound: Sound, seconds: float) -> np.
     frequency = np.fft.rfftfreq(n, 1 / data.SAMPLE_RATE)
     slope, level = sound.noise
     shape = (np.maximum(frequency, 50) / 1000) ** (slope / 6.02)
-    noise = np.fft.irfft(shape * (random.normal(size=len(shape)) + 1j * random.normal(size=len(shape))), n)
+    noise = np.fft.irfft(
+        shape * (random.normal(size=len(shape)) + 1j * random.normal(size=len(shape))), n
+    )
     noise *= 10 ** (level / 20) / noise.std()
     octave = np.log2(np.maximum(frequency, 31.25) / 31.25)  # 0 .. 8
     microphone = 10 ** (np.interp(octave, np.arange(9), sound.microphone) / 20)
@@ -106,32 +114,46 @@ def any_sound(random: np.random.Generator) -> Sound:
     )
 
 
-def make_machine(root: str | Path, name: str, n_train: int = 168, n_test: int = 48, seconds: float = 10.0) -> None:
-    """Write a made-up machine to root/name in DCASE layout, unless it is there; a machine of its own for each name.
+def make_machine(
+    root: str | Path, name: str, n_train: int = 168, n_test: int = 48, seconds: float = 10.0
+) -> None:
+    """Write a made-up machine to root/name in DCASE layout, unless it is there; a machine of its
+    own for each name.
 
     n_train  training clips, of which the last fourteenth, at least three, are of the target domain
     n_test   test clips per domain and label
 
-    Its attribute is one of twelve modes of operation, each with its own pitch, harmonics, modulation of the loudness,
-    and knocks. From clip to clip these vary a little, the microphone more, the background's loudness and colour a lot;
-    the target domain has another microphone and another background. A fault moves one of what the modes differ in to
-    where no mode is, and leaves the level alone.
+    Its attribute is one of twelve modes of operation, each with its own pitch, harmonics,
+    modulation of the loudness, and knocks. From clip to clip these vary a little, the microphone
+    more, the background's loudness and colour a lot; the target domain has another microphone and
+    another background. A fault moves one of what the modes differ in to where no mode is, and
+    leaves the level alone.
     """
     folder = Path(root) / name
     if folder.is_dir():
         return
     random = np.random.default_rng(zlib.crc32(name.encode()))
-    machine = any_sound(random)._replace(pitch=float(np.exp(random.uniform(np.log(60), np.log(200)))))
+    machine = any_sound(random)._replace(
+        pitch=float(np.exp(random.uniform(np.log(60), np.log(200))))
+    )
     modes = [
         machine._replace(
             pitch=machine.pitch * float(np.exp(random.uniform(-0.25, 0.25))),
             harmonics=machine.harmonics + random.normal(0, 5, HARMONICS),
-            modulation=(machine.modulation[0] * np.exp(random.uniform(-0.7, 0.7)), random.uniform(0.1, 0.6)),
-            knocks=(machine.knocks[0] * np.exp(random.uniform(-0.4, 0.4)), random.uniform(0.2, 1.5)),
+            modulation=(
+                machine.modulation[0] * np.exp(random.uniform(-0.7, 0.7)),
+                random.uniform(0.1, 0.6),
+            ),
+            knocks=(
+                machine.knocks[0] * np.exp(random.uniform(-0.4, 0.4)),
+                random.uniform(0.2, 1.5),
+            ),
         )
         for _ in range(12)
     ]
-    places = {domain: (random.normal(0, 1.5, 9), random.uniform(-3, 1)) for domain in ("source", "target")}
+    places = {
+        domain: (random.normal(0, 1.5, 9), random.uniform(-3, 1)) for domain in ("source", "target")
+    }
     part = folder.with_name(f".{name}.part")
 
     def write(split: str, domain: str, fault: str | None, index: int, mode: int) -> None:
@@ -153,7 +175,9 @@ def make_machine(root: str | Path, name: str, n_train: int = 168, n_test: int = 
     part.rename(folder)
 
 
-def recorded(random: np.random.Generator, sound: Sound, microphone: np.ndarray, slope: float) -> Sound:
+def recorded(
+    random: np.random.Generator, sound: Sound, microphone: np.ndarray, slope: float
+) -> Sound:
     """Normal variation: what differs between two recordings of the same mode at the same place."""
     rate, depth = sound.modulation
     knock_rate, strength = sound.knocks
@@ -172,9 +196,13 @@ def with_fault(random: np.random.Generator, sound: Sound, fault: str) -> Sound:
     if fault == "harmonics":
         return sound._replace(harmonics=sound.harmonics + random.normal(0, 4, HARMONICS))
     if fault == "knocks":
-        return sound._replace(knocks=(sound.knocks[0] * random.choice([0.7, 1.4]), sound.knocks[1] + 0.8))
+        return sound._replace(
+            knocks=(sound.knocks[0] * random.choice([0.7, 1.4]), sound.knocks[1] + 0.8)
+        )
     if fault == "modulation":
-        return sound._replace(modulation=(sound.modulation[0] * random.choice([0.5, 2]), sound.modulation[1] + 0.15))
+        return sound._replace(
+            modulation=(sound.modulation[0] * random.choice([0.5, 2]), sound.modulation[1] + 0.15)
+        )
     return sound._replace(pitch=sound.pitch * random.choice([0.88, 1.12]))
 
 
@@ -188,7 +216,13 @@ ROWS = {  # row of the table -> the flags of its command
     "LoRA": "--tuning lora --rank 8",
 }
 TRAINING = "--epochs 6 --batch-size 8 --lr 2e-3 --freq-mask 20"  # the same in every row
-MACHINES = ["centrifuge", "crusher", "drill", "loom", "mixer"]  # of --all; chosen before anything was trained on them
+MACHINES = [
+    "centrifuge",
+    "crusher",
+    "drill",
+    "loom",
+    "mixer",
+]  # of --all; chosen before anything was trained on them
 SEEDS = [0, 1, 2]
 
 
@@ -198,25 +232,39 @@ def command(script, line: str) -> None:
 
 
 def figures_of(machine: str, row: str, seed: int = 0) -> dict[str, float]:
-    """Train, score and evaluate one row of the table by the ordinary commands; -> its figures, in per cent."""
-    run = Path("runs") / (f"demo-{machine}-{row.replace(' ', '-')}" + f"-seed{seed}" * (row != "as it is"))
+    """Train, score and evaluate one row of the table by the ordinary commands; -> its figures, in
+    per cent."""
+    run = Path("runs") / (
+        f"demo-{machine}-{row.replace(' ', '-')}" + f"-seed{seed}" * (row != "as it is")
+    )
     places = f"--machine {shlex.quote(machine)} --run {shlex.quote(str(run))}"
     here = f"--data data/demo --weights {shlex.quote(os.path.relpath(WEIGHTS))} --device cpu"
     if row == "as it is":
         command(score, f"{places} {ROWS[row]} {here}")
     else:
         command(train, f"{places} {ROWS[row]} {TRAINING} --seed {seed} {here} --overwrite")
-        command(score, f"{places} --device cpu" + " --plot" * (importlib.util.find_spec("matplotlib") is not None))
+        command(
+            score,
+            f"{places} --device cpu"
+            + " --plot" * (importlib.util.find_spec("matplotlib") is not None),
+        )
     command(evaluate, places)
     with open(run / "metrics.csv", newline="") as file:
         line = next(csv.DictReader(file))
-    return {key: 100 * float(line[key]) for key in ("official_score", "auc_source", "auc_target", "pauc")}
+    return {
+        key: 100 * float(line[key])
+        for key in ("official_score", "auc_source", "auc_target", "pauc")
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--machine", default="fan", help="the made-up machine's name (%(default)s)")
-    parser.add_argument("--all", action="store_true", help=f"{', '.join(MACHINES)}; seeds 0, 1, 2; four rows")
+    parser.add_argument(
+        "--all", action="store_true", help=f"{', '.join(MACHINES)}; seeds 0, 1, 2; four rows"
+    )
     args = parser.parse_args(argv)
     start = time.perf_counter()
     machines = MACHINES if args.all else [args.machine]
@@ -234,17 +282,30 @@ def main(argv: list[str] | None = None) -> None:
     with quiet:
         for row, machine, seed in jobs:
             trials.setdefault(row, []).append(list(figures_of(machine, row, seed).values()))
-    print(f"\nMade-up sounds and a tiny AST: no figures of DCASE. {time.perf_counter() - start:.0f} s\n")
+    print(
+        f"\nMade-up sounds and a tiny AST: no figures of DCASE. {time.perf_counter() - start:.0f} s\n"
+    )
     if args.all:
         adapted = np.reshape(trials["LoRA"], (len(machines), len(SEEDS), -1)).mean(axis=1)
         gain = (adapted - trials["as it is"])[:, 0]  # of the official score, of each machine
         error = gain.std(ddof=1) / len(gain) ** 0.5
-        print(f"LoRA minus as it is: {gain.mean():.1f} ± {error:.1f} (mean and standard error over the machines)\n")
-    print("| row | official score, % | AUC source | AUC target | pAUC |\n| --- | ---: | ---: | ---: | ---: |")
+        print(
+            f"LoRA minus as it is: {gain.mean():.1f} ± {error:.1f} (mean and standard error over the machines)\n"
+        )
+    print(
+        "| row | official score, % | AUC source | AUC target | pAUC |\n| --- | ---: | ---: | ---: | ---: |"
+    )
     for row in (row for row in ROWS if row in trials):
         means = np.mean(trials[row], axis=0)
-        spread = [f" ± {value:.1f}" if args.all else "" for value in np.std(trials[row], axis=0, ddof=args.all)]
-        print(f"| {row} | " + " | ".join(f"{m:.1f}{s}" for m, s in zip(means, spread, strict=True)) + " |")
+        spread = [
+            f" ± {value:.1f}" if args.all else ""
+            for value in np.std(trials[row], axis=0, ddof=args.all)
+        ]
+        print(
+            f"| {row} | "
+            + " | ".join(f"{m:.1f}{s}" for m, s in zip(means, spread, strict=True))
+            + " |"
+        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""backbone.py: the AST is the official one, its weight files are read in all their spellings or refused."""
+"""backbone.py: the AST is the official one, its weight files are read in all their spellings or
+refused."""
 
 import hashlib
 import json
@@ -32,7 +33,13 @@ def test_a_block_is_torchs_own_encoder_layer():
     ours = Block(dim=128, heads=2).eval()
     for parameter in ours.parameters():
         nn.init.normal_(parameter, std=0.2)
-    options = {"dropout": 0.0, "activation": "gelu", "layer_norm_eps": 1e-6, "batch_first": True, "norm_first": True}
+    options = {
+        "dropout": 0.0,
+        "activation": "gelu",
+        "layer_norm_eps": 1e-6,
+        "batch_first": True,
+        "norm_first": True,
+    }
     theirs = nn.TransformerEncoderLayer(128, 2, 512, **options).eval()
     a, m = ours.attn, ours.mlp
     theirs.load_state_dict(
@@ -48,11 +55,14 @@ def test_a_block_is_torchs_own_encoder_layer():
     )
     x = torch.randn(2, 9, 128)
     with torch.no_grad():
-        assert_equal_within(2e-5, "AST block against torch.nn.TransformerEncoderLayer", ours(x), theirs(x))
+        assert_equal_within(
+            2e-5, "AST block against torch.nn.TransformerEncoderLayer", ours(x), theirs(x)
+        )
 
 
 def test_layer_norm_eps_is_1e_6():
-    """On an input of variance 1e-6, eps = 1e-6 gives 1/√2 of unit variance; PyTorch's 1e-5 would give 0.3."""
+    """On an input of variance 1e-6, eps = 1e-6 gives 1/√2 of unit variance; PyTorch's 1e-5 would
+    give 0.3."""
     block, x = Block(dim=64, heads=1), torch.randn(1, 1, 64)
     x = 1e-3 * (x - x.mean()) / x.std(correction=0)
     for norm in (block.norm1, block.norm2, AST(dim=64, depth=1, heads=1).norm):
@@ -60,14 +70,17 @@ def test_layer_norm_eps_is_1e_6():
 
 
 def test_patch_order_is_frequency_major():
-    """The patch at frequency row f and time column t is token 2 + 101 f + t: seen by switching one patch on."""
+    """The patch at frequency row f and time column t is token 2 + 101 f + t: seen by switching one
+    patch on."""
     ast = AST(dim=64, depth=0, heads=1)
     nn.init.ones_(ast.patch_embed.weight)
     nn.init.zeros_(ast.patch_embed.bias)
     nn.init.zeros_(ast.pos_embed)
     ast.norm = nn.Identity()
     x = torch.zeros(1, 1024, 128)
-    x[0, 10 * 50 + 8, 10 * 3 + 8] = 1  # frame 508 and bin 38 lie in the middle of column 50, row 3 (and no other)
+    x[0, 10 * 50 + 8, 10 * 3 + 8] = (
+        1  # frame 508 and bin 38 lie in the middle of column 50, row 3 (and no other)
+    )
     with torch.no_grad():
         lit = ast(x)[0, 2:].sum(dim=1).nonzero().flatten().tolist()
     assert lit == [3 * 101 + 50]
@@ -95,15 +108,22 @@ def test_class_token_pooling_takes_both_class_tokens():
 
 
 def test_attentive_statistics_pooling_is_the_equation():
-    """Written out for one clip in float64, with the context concatenated to every token as the paper has it."""
+    """Written out for one clip in float64, with the context concatenated to every token as the
+    paper has it."""
     torch.manual_seed(0)
-    pool, tokens = AttentiveStatisticsPooling(8, hidden=5).double(), torch.randn(2, 12, 8, dtype=torch.float64)
+    pool, tokens = (
+        AttentiveStatisticsPooling(8, hidden=5).double(),
+        torch.randn(2, 12, 8, dtype=torch.float64),
+    )
     for parameter in pool.parameters():
         nn.init.normal_(parameter)
     h = tokens[1, 2:]  # the class tokens take no part
     W1 = torch.cat([pool.hidden_of_token.weight, pool.hidden_of_context.weight], dim=1)
     context = torch.cat([h.mean(0), h.std(0, correction=0)]).expand(10, -1)
-    e = torch.tanh(torch.cat([h, context], 1) @ W1.T + pool.hidden_of_token.bias) @ pool.weights.weight.T
+    e = (
+        torch.tanh(torch.cat([h, context], 1) @ W1.T + pool.hidden_of_token.bias)
+        @ pool.weights.weight.T
+    )
     e = e + pool.weights.bias
     a = e.exp() / e.exp().sum(0)
     mean = (a * h).sum(0)
@@ -129,11 +149,17 @@ def test_embeddings_have_unit_length(pooling, size):
 
 
 def golden(size: str) -> tuple[dict, dict[str, torch.Tensor]]:
-    """What the official code printed for made-up weights, and those weights (the file's `how` is the rule)."""
+    """What the official code printed for made-up weights, and those weights (the file's `how` is
+    the rule)."""
     case = json.loads((REAL / "golden" / "ast_official.json").read_text())[size]
     weights = {}
     for k, name in enumerate(case["names"]):
-        values = np.random.RandomState(case["weight_seed_offset"] + k).standard_normal(case["shapes"][name]) * 0.02
+        values = (
+            np.random.RandomState(case["weight_seed_offset"] + k).standard_normal(
+                case["shapes"][name]
+            )
+            * 0.02
+        )
         if ("norm" in name and name.endswith("weight")) or name == "mlp_head.0.weight":
             values += 1
         weights[name] = torch.from_numpy(values.astype(np.float32))
@@ -141,24 +167,37 @@ def golden(size: str) -> tuple[dict, dict[str, torch.Tensor]]:
 
 
 @needs_real
-@pytest.mark.parametrize(("size", "prefix"), [("tiny224", ""), ("tiny224", "module."), ("base384", "module.")])
+@pytest.mark.parametrize(
+    ("size", "prefix"), [("tiny224", ""), ("tiny224", "module."), ("base384", "module.")]
+)
 def test_embeddings_equal_the_official_codes(size, prefix, tmp_path):
     case, weights = golden(size)
     torch.save({prefix + name: tensor for name, tensor in weights.items()}, tmp_path / "ast.pth")
     ast = load_ast(tmp_path / "ast.pth").eval()
-    x = np.random.RandomState(case["input_seed"]).standard_normal((2, 1024, 128)).astype(np.float32) * 0.5
+    x = (
+        np.random.RandomState(case["input_seed"]).standard_normal((2, 1024, 128)).astype(np.float32)
+        * 0.5
+    )
     with torch.no_grad():
         embedding = ClassTokenPooling()(ast(torch.from_numpy(x)))
-        h = F.layer_norm(embedding, embedding.shape[1:], weights["mlp_head.0.weight"], weights["mlp_head.0.bias"])
+        h = F.layer_norm(
+            embedding, embedding.shape[1:], weights["mlp_head.0.weight"], weights["mlp_head.0.bias"]
+        )
         logits = F.linear(h, weights["mlp_head.1.weight"], weights["mlp_head.1.bias"])
-    assert_equal_within(1e-5, f"AST {size}, embedding against the official code", embedding, case["embedding"])
-    assert_equal_within(1e-5, f"AST {size}, logits against the official code", logits[:, :8], case["logits_first8"])
+    assert_equal_within(
+        1e-5, f"AST {size}, embedding against the official code", embedding, case["embedding"]
+    )
+    assert_equal_within(
+        1e-5, f"AST {size}, logits against the official code", logits[:, :8], case["logits_first8"]
+    )
 
 
 def test_tokens_equal_transformers(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    config = transformers.ASTConfig(hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768)
+    config = transformers.ASTConfig(
+        hidden_size=192, num_hidden_layers=3, num_attention_heads=3, intermediate_size=768
+    )
     theirs = transformers.ASTModel(config).eval()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.05)
@@ -166,7 +205,9 @@ def test_tokens_equal_transformers(tmp_path):
     ours = load_ast(tmp_path / "ast.bin").eval()
     x = torch.randn(2, 1024, 128)
     with torch.no_grad():
-        assert_equal_within(1e-5, "AST tokens against transformers", ours(x), theirs(x).last_hidden_state)
+        assert_equal_within(
+            1e-5, "AST tokens against transformers", ours(x), theirs(x).last_hidden_state
+        )
 
 
 # ---------------------------------------------------------------- weight files
@@ -228,20 +269,35 @@ def _renamed(ast: AST, renames: dict[str, str]) -> dict[str, torch.Tensor]:
     return state
 
 
-def write_safetensors(path: Path, state: dict[str, torch.Tensor], lie=lambda header: header, tail=b"") -> None:
+def write_safetensors(
+    path: Path, state: dict[str, torch.Tensor], lie=lambda header: header, tail=b""
+) -> None:
     header, body = {"__metadata__": {"format": "pt"}}, b""
-    names = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64"}
+    names = {
+        torch.float32: "F32",
+        torch.float16: "F16",
+        torch.bfloat16: "BF16",
+        torch.float64: "F64",
+    }
     for name, tensor in state.items():
         content = tensor.contiguous().view(torch.uint8).numpy().tobytes() if tensor.numel() else b""
         offsets = [len(body), len(body) + len(content)]
-        header[name] = {"dtype": names[tensor.dtype], "shape": list(tensor.shape), "data_offsets": offsets}
+        header[name] = {
+            "dtype": names[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": offsets,
+        }
         body += content
     text = json.dumps(lie(header)).encode()
     path.write_bytes(len(text).to_bytes(8, "little") + text + body + tail)
 
 
 def save(path: Path, state: dict[str, torch.Tensor]) -> Path:
-    (write_safetensors if path.suffix == ".safetensors" else lambda path, state: torch.save(state, path))(path, state)
+    (
+        write_safetensors
+        if path.suffix == ".safetensors"
+        else lambda path, state: torch.save(state, path)
+    )(path, state)
     return path
 
 
@@ -250,7 +306,9 @@ def save(path: Path, state: dict[str, torch.Tensor]) -> Path:
 def test_every_spelling_in_every_format_gives_the_same_weights(ast, spelling, suffix, tmp_path):
     loaded = load_ast(save(tmp_path / f"ast{suffix}", spelling(ast)))
     assert loaded.state_dict().keys() == ast.state_dict().keys()
-    assert all(torch.equal(loaded.state_dict()[name], tensor) for name, tensor in ast.state_dict().items())
+    assert all(
+        torch.equal(loaded.state_dict()[name], tensor) for name, tensor in ast.state_dict().items()
+    )
     assert all(p.requires_grad and p.dtype == torch.float32 for p in loaded.parameters())
 
 
@@ -270,14 +328,22 @@ def test_the_fused_layer_is_split_in_the_order_q_k_v(ast, tmp_path):
 def test_other_precisions_are_converted(ast, dtype, suffix, tmp_path):
     state = {name: tensor.to(dtype) for name, tensor in official(ast).items()}
     loaded = load_ast(save(tmp_path / f"ast{suffix}", state)).state_dict()
-    assert all(torch.equal(loaded[name], tensor.to(dtype).float()) for name, tensor in ast.state_dict().items())
+    assert all(
+        torch.equal(loaded[name], tensor.to(dtype).float())
+        for name, tensor in ast.state_dict().items()
+    )
 
 
 def vit(state):
     """An ImageNet DeiT: three input channels, 14 x 14 patches, no prefix."""
-    state = {name.removeprefix("v."): tensor for name, tensor in state.items() if "mlp_head" not in name}
+    state = {
+        name.removeprefix("v."): tensor for name, tensor in state.items() if "mlp_head" not in name
+    }
     state = {name: tensor for name, tensor in state.items() if not name.startswith("head")}
-    return state | {"patch_embed.proj.weight": torch.zeros(64, 3, 16, 16), "pos_embed": torch.zeros(1, 198, 64)}
+    return state | {
+        "patch_embed.proj.weight": torch.zeros(64, 3, 16, 16),
+        "pos_embed": torch.zeros(1, 198, 64),
+    }
 
 
 @pytest.mark.parametrize(
@@ -434,7 +500,9 @@ def test_mutated_weight_files_load_or_are_refused(ast, tmp_path):
 
 def test_the_command_fetches_verifies_and_describes(ast, server, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    server.files["/model.safetensors"] = content = save(tmp_path / "ast.safetensors", hub(ast)).read_bytes()
+    server.files["/model.safetensors"] = content = save(
+        tmp_path / "ast.safetensors", hub(ast)
+    ).read_bytes()
     monkeypatch.setattr(backbone, "WEIGHTS_SHA256", hashlib.sha256(content).hexdigest())
     backbone.main([])
     out = capsys.readouterr().out
@@ -443,7 +511,9 @@ def test_the_command_fetches_verifies_and_describes(ast, server, tmp_path, monke
     assert f"parameters: {count_parameters(ast)[1]:,}" in out
 
 
-def test_weights_with_another_checksum_are_refused_and_deleted(server, tmp_path, monkeypatch, capsys):
+def test_weights_with_another_checksum_are_refused_and_deleted(
+    server, tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     server.files["/model.safetensors"] = b"something else"
     with pytest.raises(SystemExit) as stop:
@@ -453,7 +523,9 @@ def test_weights_with_another_checksum_are_refused_and_deleted(server, tmp_path,
 
 
 def test_nothing_is_fetched_under_a_name_of_ones_own(server, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"mistyped\.pth is missing; `python backbone\.py` fetches"):
+    with pytest.raises(
+        FileNotFoundError, match=r"mistyped\.pth is missing; `python backbone\.py` fetches"
+    ):
         backbone.fetch_weights(tmp_path / "mistyped.pth")
     assert server.requests == []
 
@@ -462,9 +534,15 @@ def test_weights_put_in_place_by_hand_are_verified_and_never_deleted(server, tmp
     monkeypatch.chdir(tmp_path)
     path = Path("weights/ast.safetensors")
     path.parent.mkdir()
-    for content, message in ((b"<!doctype html>", "is a web page"), (b"other", "has not the SHA256 checksum ae0c1e2a")):
+    for content, message in (
+        (b"<!doctype html>", "is a web page"),
+        (b"other", "has not the SHA256 checksum ae0c1e2a"),
+    ):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=f"weights/ast.safetensors {message}.*; delete it, or replace it by what"):
+        with pytest.raises(
+            ValueError,
+            match=f"weights/ast.safetensors {message}.*; delete it, or replace it by what",
+        ):
             backbone.fetch_weights()
         assert path.read_bytes() == content
     monkeypatch.setattr(backbone, "WEIGHTS_SHA256", hashlib.sha256(b"other").hexdigest())

@@ -1,4 +1,5 @@
-"""The command lines: help, every command of the README, the demo, the walk, the picture, and the messages."""
+"""The command lines: help, every command of the README, the demo, the walk, the picture, and the
+messages."""
 
 import importlib.util
 import os
@@ -23,7 +24,13 @@ import evaluate
 import score
 import train
 
-SCRIPTS = {"data.py": data, "backbone.py": backbone, "train.py": train, "score.py": score, "evaluate.py": evaluate}
+SCRIPTS = {
+    "data.py": data,
+    "backbone.py": backbone,
+    "train.py": train,
+    "score.py": score,
+    "evaluate.py": evaluate,
+}
 README = (ROOT / "README.md").read_text()
 
 
@@ -41,9 +48,7 @@ def test_every_training_default_tells_where_it_comes_from(capsys):
     with pytest.raises(SystemExit):
         train.main(["--help"])
     text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    parameters = (
-        "tuning rank alpha dropout targets layers pooling embedding epochs batch-size lr ast-lr warmup weight-decay"
-    )
+    parameters = "tuning rank alpha dropout targets layers pooling embedding epochs batch-size lr ast-lr warmup weight-decay"
     for name in [*parameters.split(), "time-mask", "freq-mask", "margin", "scale"]:
         line = text[text.index(f" --{name} ") :].split(" --")[1]
         assert re.search(r"\[(paper|same lab|ASDKit|our choice|AST)", line), (
@@ -61,7 +66,12 @@ def test_the_defaults_are_those_that_the_readme_lists():
     }  # fmt: skip
     assert {name: defaults[name] for name in expected} == expected
     scoring = vars(score.make_parser().parse_args(["--machine", "fan"]))
-    assert (scoring["k"], scoring["normalize"], scoring["smote"], scoring["plot"]) == (1, "none", 0.0, False)
+    assert (scoring["k"], scoring["normalize"], scoring["smote"], scoring["plot"]) == (
+        1,
+        "none",
+        0.0,
+        False,
+    )
 
 
 @pytest.mark.parametrize("name", ["train.py", "score.py", "evaluate.py"])
@@ -75,8 +85,9 @@ def test_help_begins_with_two_usual_commands(name, capsys):
 # ---------------------------------------------------------------- every command of the README
 
 
-# The README's shell blocks are run by a real bash, in which `python` is a function: it hands its arguments to this
-# process, which runs the script's main() on them, and waits for the exit status. Loops, globs, cp and && are bash's.
+# The README's shell blocks are run by a real bash, in which `python` is a function: it hands its
+# arguments to this process, which runs the script's main() on them, and waits for the exit status.
+# Loops, globs, cp and && are bash's.
 SHELL = """
 python() { (flock 9; printf '%q ' "$@" >&$REQUEST; echo >&$REQUEST; read -r status <&$REPLY; exit $status) 9>lock; }
 pip() { :; }
@@ -86,20 +97,26 @@ set -e
 
 
 def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
-    """In order and to the letter, with one epoch and one seed, on short made-up clips and a random AST.
+    """In order and to the letter, with one epoch and one seed, on short made-up clips and a random
+    AST.
 
-    dev and eval stand for two machines and one, so that the whole table takes a minute. What has a test or a report
-    of its own is passed over: the demo, the walk, the benchmark, the tests themselves.
+    dev and eval stand for two machines and one, so that the whole table takes a minute. What has a
+    test or a report of its own is passed over: the demo, the walk, the benchmark, the tests
+    themselves.
     """
     small_machines("fan", "valve", "bandsaw", "pump", n_train=6)
     for split in ("train", "test"):
         for i, clip in enumerate(data.list_clips("data", "pump", split)):
             wav(f"data/pump/{split}/recording {i}.wav", 9000 + i)
             clip.path.unlink()
-            with open("data/pump/labels.csv", "a" if i else "w") as file:  # of the test clips: it is written last
+            with open(
+                "data/pump/labels.csv", "a" if i else "w"
+            ) as file:  # of the test clips: it is written last
                 file.write(f"recording {i}.wav,{clip.is_anomaly:d}\n")
     for kind in ("data", "domain"):
-        truth = Path(f"data/ground_truth/ground_truth_{kind}/ground_truth_bandsaw_section_00_test.csv")
+        truth = Path(
+            f"data/ground_truth/ground_truth_{kind}/ground_truth_bandsaw_section_00_test.csv"
+        )
         truth.parent.mkdir(parents=True)
         truth.touch()
     Path("weights").mkdir()
@@ -108,12 +125,19 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
     monkeypatch.setattr(data, "DEV", ["fan", "valve"])
     monkeypatch.setattr(data, "EVAL", ["bandsaw"])
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    blocks = blocks.replace("in 0 1 2 3;", "in 0;").replace("{0,1,2,3}", "0").replace("8-11", "1").replace("0-3", "0")
+    blocks = (
+        blocks.replace("in 0 1 2 3;", "in 0;")
+        .replace("{0,1,2,3}", "0")
+        .replace("8-11", "1")
+        .replace("0-3", "0")
+    )
     assert not [line for line in blocks.splitlines() if len(line) > 100]
 
     (request, to_us), (from_us, reply) = os.pipe(), os.pipe()
     variables = os.environ | {"REQUEST": str(to_us), "REPLY": str(from_us)}
-    shell = subprocess.Popen(["bash", "-c", SHELL + blocks], env=variables, pass_fds=(to_us, from_us))
+    shell = subprocess.Popen(
+        ["bash", "-c", SHELL + blocks], env=variables, pass_fds=(to_us, from_us)
+    )
     os.close(to_us)
     ran = []
     for line in os.fdopen(request):
@@ -149,23 +173,36 @@ def test_the_readme_names_every_flag_of_the_method():
 def test_the_demo_ends_with_its_table_and_says_what_it_is(small, monkeypatch, capsys):
     """The same commands with fewer and shorter clips; the last lines are the table."""
     make_machine = demo.make_machine
-    monkeypatch.setattr(demo, "make_machine", lambda root, name: make_machine(root, name, 8, 4, seconds=1.0))
+    monkeypatch.setattr(
+        demo, "make_machine", lambda root, name: make_machine(root, name, 8, 4, seconds=1.0)
+    )
     torch.manual_seed(0)
     train.save(Path("tiny.pth"), backbone.AST(dim=64, depth=2, heads=1).state_dict())
     monkeypatch.setattr(demo, "WEIGHTS", Path("tiny.pth"))
     monkeypatch.setattr(demo, "TRAINING", "--epochs 1 --batch-size 8 --lr 1e-3")
     demo.main(["--machine", "a mill"])
     out = capsys.readouterr().out
-    for name in ("score.py --machine 'a mill'", "train.py --machine 'a mill'", "evaluate.py --machine 'a mill'"):
+    for name in (
+        "score.py --machine 'a mill'",
+        "train.py --machine 'a mill'",
+        "evaluate.py --machine 'a mill'",
+    ):
         assert f"$ python {name}" in out
     *_, as_it_is, lora = out.strip().splitlines()
-    assert re.match(r"\| as it is \| \d+\.\d \|", as_it_is) and re.match(r"\| LoRA \| \d+\.\d \|", lora)
+    assert re.match(r"\| as it is \| \d+\.\d \|", as_it_is) and re.match(
+        r"\| LoRA \| \d+\.\d \|", lora
+    )
     assert "made-up sounds" in out
     monkeypatch.setattr(demo, "MACHINES", ["mill", "fan"])
     monkeypatch.setattr(demo, "SEEDS", [0, 1])
     demo.main(["--all"])
     rows = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| ")]
-    assert [row.split(" |")[0] for row in rows[-4:]] == ["| as it is", "| frozen", "| full", "| LoRA"]
+    assert [row.split(" |")[0] for row in rows[-4:]] == [
+        "| as it is",
+        "| frozen",
+        "| full",
+        "| LoRA",
+    ]
     assert all(re.match(r"\| [\w ]+ \| \d+\.\d ± \d+\.\d \|", row) for row in rows[-4:])
 
 
@@ -174,20 +211,30 @@ def test_every_name_is_a_machine_of_its_own_made_from_its_name(tmp_path):
         demo.make_machine(tmp_path / root, "fan", 12, 4, seconds=1)
     demo.make_machine(tmp_path / "one", "valve", 12, 4, seconds=1)
     clips, test = (data.list_clips(tmp_path / "one", "fan", split) for split in ("train", "test"))
-    assert [sum(clip.domain == domain for clip in clips) for domain in ("source", "target")] == [9, 3]
+    assert [sum(clip.domain == domain for clip in clips) for domain in ("source", "target")] == [
+        9,
+        3,
+    ]
     assert len(test) == 16 and {(c.domain, c.is_anomaly) for c in test} == {
         (domain, label) for domain in ("source", "target") for label in (True, False)
     }
     for clip in clips + test:
-        assert clip.path.read_bytes() == (tmp_path / "two" / clip.path.relative_to(tmp_path / "one")).read_bytes()
+        assert (
+            clip.path.read_bytes()
+            == (tmp_path / "two" / clip.path.relative_to(tmp_path / "one")).read_bytes()
+        )
         rate, samples = wavfile.read(clip.path)
         assert rate == 16000 and samples.dtype == np.int16 and 200 < samples.std() < 10000
-    assert clips[0].path.read_bytes() != data.list_clips(tmp_path / "one", "valve", "train")[0].path.read_bytes()
+    assert (
+        clips[0].path.read_bytes()
+        != data.list_clips(tmp_path / "one", "valve", "train")[0].path.read_bytes()
+    )
 
 
 def test_the_made_up_faults_are_no_giveaway(tmp_path):
-    """Nearest neighbours on the loudness alone, or on the mean spectrum alone, stay below the pre-trained AST as it
-    is: official scores, on average over three of the demo's machines, with fewer clips."""
+    """Nearest neighbours on the loudness alone, or on the mean spectrum alone, stay below the
+    pre-trained AST as it is: official scores, on average over three of the demo's machines, with
+    fewer clips."""
     ast = backbone.Embedder(backbone.load_ast(demo.WEIGHTS), "cls", None).eval()
     totals = []
     for machine in demo.MACHINES[:3]:
@@ -201,19 +248,36 @@ def test_the_made_up_faults_are_no_giveaway(tmp_path):
                 features["ast"][split] = torch.cat([ast(part) for part in x.split(8)])
             features["mean spectrum"][split] = x[:, : data.count_frames(waves.shape[1])].mean(1)
             features["loudness"][split] = waves.std(1, keepdim=True).log()
-        truth = ([c.is_anomaly for c in clips["test"]], [c.domain == "target" for c in clips["test"]])
-        scores = {name: torch.cdist(f["test"], f["train"]).min(1)[0].numpy() for name, f in features.items()}
-        totals.append({n: evaluate.official_score([evaluate.machine_metrics(s, *truth)]) for n, s in scores.items()})
+        truth = (
+            [c.is_anomaly for c in clips["test"]],
+            [c.domain == "target" for c in clips["test"]],
+        )
+        scores = {
+            name: torch.cdist(f["test"], f["train"]).min(1)[0].numpy()
+            for name, f in features.items()
+        }
+        totals.append(
+            {
+                n: evaluate.official_score([evaluate.machine_metrics(s, *truth)])
+                for n, s in scores.items()
+            }
+        )
     means = {name: np.mean([total[name] for total in totals]) for name in totals[0]}
-    assert means["loudness"] < 0.6 and means["loudness"] < means["mean spectrum"] < means["ast"] - 0.02, means
+    assert (
+        means["loudness"] < 0.6 and means["loudness"] < means["mean spectrum"] < means["ast"] - 0.02
+    ), means
 
 
 def numbers_of(out: str) -> list[tuple[str, ...]]:
     """The stages and shapes of a walk's output or of the README's."""
-    return re.findall(r"^ *(\w+\.py): (\w+)(?: \d of \d| takes)? +\S.*? (\(\d[\d, ]*\)) +mean", out, re.MULTILINE)
+    return re.findall(
+        r"^ *(\w+\.py): (\w+)(?: \d of \d| takes)? +\S.*? (\(\d[\d, ]*\)) +mean", out, re.MULTILINE
+    )
 
 
-def test_the_walk_goes_through_the_real_code_and_the_readme_shows_its_shapes(tmp_path, monkeypatch, capsys):
+def test_the_walk_goes_through_the_real_code_and_the_readme_shows_its_shapes(
+    tmp_path, monkeypatch, capsys
+):
     monkeypatch.chdir(tmp_path)
     make_machine = demo.make_machine
     monkeypatch.setattr(demo, "make_machine", lambda root, name: make_machine(root, name, 12, 1))
@@ -221,7 +285,11 @@ def test_the_walk_goes_through_the_real_code_and_the_readme_shows_its_shapes(tmp
     stages = numbers_of(out := capsys.readouterr().out)
     front = ["read_wav", "filter_bank", "log_mel", "fit_frames", "normalise", "SpecAug"]
     assert [name for _, name, _ in stages[:6]] == front and stages[-1][1] == "nearest"
-    assert ("backbone.py", "AST", "(1, 1214, 64)") in stages and "nearest training clip, of 8" in out
+    assert (
+        "backbone.py",
+        "AST",
+        "(1, 1214, 64)",
+    ) in stages and "nearest training clip, of 8" in out
     assert numbers_of(README) == stages
     assert walk.main([str(data.list_clips("data/demo", "fan", "test")[0].path)]) is None
 
@@ -258,7 +326,11 @@ def test_without_matplotlib_one_line_says_how_to_install_it(small, monkeypatch, 
 
 def wav(path: str, n_samples: int = 8000) -> None:
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    wavfile.write(path, 16000, np.random.default_rng(n_samples).integers(-999, 999, n_samples).astype(np.int16))
+    wavfile.write(
+        path,
+        16000,
+        np.random.default_rng(n_samples).integers(-999, 999, n_samples).astype(np.int16),
+    )
 
 
 def own_machine() -> None:
@@ -373,7 +445,9 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize(("name", "argv", "prepare", "message"), MESSAGES)
-def test_a_wrong_use_ends_in_one_line_that_says_what_to_do(small, monkeypatch, capsys, name, argv, prepare, message):
+def test_a_wrong_use_ends_in_one_line_that_says_what_to_do(
+    small, monkeypatch, capsys, name, argv, prepare, message
+):
     monkeypatch.setattr(data, "ZENODO", "http://127.0.0.1:9")
     monkeypatch.setattr(backbone, "WEIGHTS_URL", "http://127.0.0.1:9/model.safetensors")
     if "--device" in argv:
@@ -388,25 +462,40 @@ def test_a_wrong_use_ends_in_one_line_that_says_what_to_do(small, monkeypatch, c
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[name].main(argv)
     err = [line for line in capsys.readouterr().err.splitlines() if line and "\r" not in line]
-    assert all(re.match(r"(checking|embedding)", line) for line in err[:-1]), "progress, then one line"
-    assert stop.value.code == 2 and err[-1].startswith(f"{name}: error: ") and message in err[-1], err
+    assert all(re.match(r"(checking|embedding)", line) for line in err[:-1]), (
+        "progress, then one line"
+    )
+    assert stop.value.code == 2 and err[-1].startswith(f"{name}: error: ") and message in err[-1], (
+        err
+    )
     left = {path for path in Path().rglob("*") if path.is_file()} - before
-    assert not [path for path in left if path.suffix not in (".npz", ".wav")], "nothing half-written is left behind"
+    assert not [path for path in left if path.suffix not in (".npz", ".wav")], (
+        "nothing half-written is left behind"
+    )
 
 
 def test_an_error_has_no_traceback_in_a_real_process(tmp_path):
     result = script("score.py", "--machine", "fan", "--run", "nothing", cwd=tmp_path)
     message = "nothing is not a run of train.py; train one, or name its folder with --run"
-    assert (result.returncode, result.stdout, result.stderr) == (2, "", f"score.py: error: {message}\n")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        2,
+        "",
+        f"score.py: error: {message}\n",
+    )
 
 
 def test_the_scripts_are_flat():
-    """data and lora import none of our files, the others only what stands before them in the flow."""
+    """data and lora import none of our files, the others only what stands before them in the
+    flow."""
     allowed = {"data.py": (), "lora.py": (), "backbone.py": ("data",), "train.py": ("data", "lora", "backbone"),
                "score.py": ("data", "lora", "backbone", "train"), "evaluate.py": ("data",)}  # fmt: skip
     for name, modules in allowed.items():
         imported = set(
-            re.findall(r"^(?:from|import) (data|lora|backbone|train|score|evaluate)\b", (ROOT / name).read_text(), re.M)
+            re.findall(
+                r"^(?:from|import) (data|lora|backbone|train|score|evaluate)\b",
+                (ROOT / name).read_text(),
+                re.M,
+            )
         )
         assert imported <= set(modules), name
     assert sys.version_info >= (3, 11)

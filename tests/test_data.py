@@ -40,7 +40,9 @@ from data import (
     write_file,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::scipy.io.wavfile.WavFileWarning")  # data.py does, pytest undoes it
+pytestmark = pytest.mark.filterwarnings(
+    "ignore::scipy.io.wavfile.WavFileWarning"
+)  # data.py does, pytest undoes it
 
 
 def write_wav(path: Path, samples: np.ndarray, rate: int = 16000) -> Path:
@@ -77,7 +79,8 @@ def test_labels_come_from_the_name(path, machine, split, domain, is_anomaly, att
 @needs_real
 @pytest.mark.parametrize("machine", ["fan", "bearing"])
 def test_attributes_equal_the_challenges_table(machine):
-    """attributes_00.csv lists parameter and value of every clip: joined, they are what the name says."""
+    """attributes_00.csv lists parameter and value of every clip: joined, they are what the name
+    says."""
     lines = (REAL / "real" / machine / "attributes_00.csv").read_text().splitlines()[1:]
     checked = 0
     for file_name, *parts in (line.split(",") for line in lines):
@@ -92,7 +95,12 @@ def test_attributes_equal_the_challenges_table(machine):
 
 @needs_real
 def test_the_real_clips_are_all_found():
-    clips = [c for m in data.DEV for split in ("train", "test") for c in list_clips(REAL / "real", m, split)]
+    clips = [
+        c
+        for m in data.DEV
+        for split in ("train", "test")
+        for c in list_clips(REAL / "real", m, split)
+    ]
     assert len(clips) == 28 and all(clip.domain and clip.is_anomaly is not None for clip in clips)
     lengths = check_clips(clips)
     assert {clip.machine: n / 16000 for clip, n in zip(clips, lengths, strict=True)} == {
@@ -165,14 +173,19 @@ def test_awkward_files_decode_as_libsndfile_decodes_them_or_are_refused():
             refused.append(name)
             continue
         assert "ERR" not in verdict, f"libsndfile refuses {name}"
-        rate, frames = int(verdict.split("Hz")[0].split()[-1]), int(verdict.split()[-1].removesuffix("fr"))
+        rate, frames = (
+            int(verdict.split("Hz")[0].split()[-1]),
+            int(verdict.split()[-1].removesuffix("fr")),
+        )
         assert len(wave) == -(-frames * 16000 // rate)
         decoded.append(name)
     assert (len(decoded), len(refused)) == (21, 11)
 
 
 def reference_files() -> list[Path]:
-    folders = [Path(scipy.__file__).parent / "io" / "tests" / "data"] + ([REAL / "wav_cases"] if REAL else [])
+    folders = [Path(scipy.__file__).parent / "io" / "tests" / "data"] + (
+        [REAL / "wav_cases"] if REAL else []
+    )
     return [path for folder in folders for path in sorted(folder.glob("*.wav"))]
 
 
@@ -194,7 +207,11 @@ def test_decoded_samples_equal_libsndfiles():
 
 def riff(fmt: bytes, body: bytes, claim: int | None = None) -> bytes:
     chunks = (
-        b"fmt " + struct.pack("<I", len(fmt)) + fmt + b"data" + struct.pack("<I", len(body) if claim is None else claim)
+        b"fmt "
+        + struct.pack("<I", len(fmt))
+        + fmt
+        + b"data"
+        + struct.pack("<I", len(body) if claim is None else claim)
     )
     return b"RIFF" + struct.pack("<I", 4 + len(chunks) + len(body)) + b"WAVE" + chunks + body
 
@@ -258,7 +275,8 @@ def test_scipys_own_test_files_give_a_wave_or_a_value_error():
 
 
 def test_a_thousand_mutated_files_give_a_wave_or_a_value_error(tmp_path):
-    """Header and body bytes are changed, and some files cut; in 2 s and 1 GB (beyond what was there) each."""
+    """Header and body bytes are changed, and some files cut; in 2 s and 1 GB (beyond what was
+    there) each."""
     rng = random.Random(0)
     originals = [write_wav(tmp_path / f"{i}.wav", s, rate).read_bytes() for i, (s, rate) in enumerate([
         (noise(160000), 16000), (noise(20000).reshape(-1, 2), 44100), (noise(9000) / np.float32(32768), 48000),
@@ -271,7 +289,9 @@ def test_a_thousand_mutated_files_give_a_wave_or_a_value_error(tmp_path):
     for _ in range(1000):
         content = bytearray(rng.choice(originals))
         for _ in range(rng.randint(1, 4)):
-            content[rng.randrange(min(len(content), 60) if rng.random() < 0.8 else len(content))] = rng.randrange(256)
+            content[
+                rng.randrange(min(len(content), 60) if rng.random() < 0.8 else len(content))
+            ] = rng.randrange(256)
         if rng.random() < 0.1:
             del content[rng.randrange(len(content)) :]
         (tmp_path / "mutated.wav").write_bytes(content)
@@ -334,7 +354,10 @@ def test_log_mel_equals_torchaudio_on_the_real_clips():
     paths = sorted(REAL.glob("real/*/*/*.wav"))
     assert len(paths) == 28
     waves = [read_wav(path) for path in paths]
-    ours, theirs = torch.cat([log_mel(w[None])[0] for w in waves]), torch.cat([kaldi(w) for w in waves])
+    ours, theirs = (
+        torch.cat([log_mel(w[None])[0] for w in waves]),
+        torch.cat([kaldi(w) for w in waves]),
+    )
     assert_equal_within(0, "log-mel of 28 real clips against torchaudio", ours, theirs)
 
 
@@ -358,7 +381,9 @@ def test_log_mel_of_real_clips_has_these_values(name):
     mean, std, values = FAN[name]
     x = log_mel(read_wav(REAL / "real" / "fan" / name)[None])[0]
     assert x.shape == (998, 128)
-    assert x.mean().item() == pytest.approx(mean, abs=1e-4) and x.std().item() == pytest.approx(std, abs=1e-4)
+    assert x.mean().item() == pytest.approx(mean, abs=1e-4) and x.std().item() == pytest.approx(
+        std, abs=1e-4
+    )
     for (frame, mel_bin), value in values.items():
         assert x[frame, mel_bin].item() == pytest.approx(value, abs=1e-4)
 
@@ -369,7 +394,9 @@ def test_log_mel_on_a_gpu_is_close():
     torch.testing.assert_close(log_mel(waves.cuda()).cpu(), log_mel(waves), atol=1e-3, rtol=0)
 
 
-@pytest.mark.parametrize("waves", [torch.zeros(2, 399), torch.zeros(400), torch.zeros(1, 400, dtype=torch.int16)])
+@pytest.mark.parametrize(
+    "waves", [torch.zeros(2, 399), torch.zeros(400), torch.zeros(1, 400, dtype=torch.int16)]
+)
 def test_log_mel_refuses_short_and_integer_waves(waves):
     """Integer samples would be read at 32768 times the loudness: +20.8 in every value."""
     with pytest.raises(ValueError, match="at least 400 samples"):
@@ -378,12 +405,15 @@ def test_log_mel_refuses_short_and_integer_waves(waves):
 
 def test_a_wave_at_the_scale_of_int16_would_be_off_by_20_8():
     wave = torch.rand(1, 16000) - 0.5
-    difference = log_mel(wave * 32768) - log_mel(wave)  # but for the lowest filters, too narrow to hold an FFT bin
+    difference = log_mel(wave * 32768) - log_mel(
+        wave
+    )  # but for the lowest filters, too narrow to hold an FFT bin
     assert difference.median().item() == pytest.approx(np.log(32768**2), abs=1e-3)
 
 
 def test_padding_comes_before_normalisation():
-    """A frame of padding is (0 + 4.2677393) / (2 · 4.5689974) = 0.467; digital silence (-15.94 + 4.27) / 9.14."""
+    """A frame of padding is (0 + 4.2677393) / (2 · 4.5689974) = 0.467; digital silence (-15.94 +
+    4.27) / 9.14."""
     x = spectrogram(torch.zeros(1, 16000), torch.tensor([16000]))
     assert x.shape == (1, 1024, 128)
     assert x[0, 98:].unique().item() == pytest.approx(0.467, abs=1e-3)
@@ -418,12 +448,22 @@ def test_12_seconds_are_two_windows():
 
 
 def test_a_batch_of_unequal_clips_equals_each_clip_alone(tmp_path):
-    """The zeros that fill a batch are no silence of the clip; and cutting the wave is cutting the spectrogram."""
-    clips = [write_wav(tmp_path / "pump" / "train" / f"{n}.wav", noise(n, n)) for n in (16000, 160000, 192000)]
-    clips.append(write_wav(tmp_path / "pump" / "train" / "float.wav", noise(44100, 5) / np.float32(32768), 44100))
+    """The zeros that fill a batch are no silence of the clip; and cutting the wave is cutting the
+    spectrogram."""
+    clips = [
+        write_wav(tmp_path / "pump" / "train" / f"{n}.wav", noise(n, n))
+        for n in (16000, 160000, 192000)
+    ]
+    clips.append(
+        write_wav(
+            tmp_path / "pump" / "train" / "float.wav", noise(44100, 5) / np.float32(32768), 44100
+        )
+    )
     windows = Windows([parse_clip(path) for path in clips])
     start = 100 * 160
-    waves, lengths, indices = collate([windows[0, 0], windows[1, 0], windows[2, start], windows[3, 0]])
+    waves, lengths, indices = collate(
+        [windows[0, 0], windows[1, 0], windows[2, start], windows[3, 0]]
+    )
     assert indices.tolist() == [0, 1, 2, 3]
     batch = spectrogram(waves, lengths)
     for path, offset, x in zip(clips, (0, 0, 100, 0), batch, strict=True):
@@ -441,7 +481,9 @@ def test_pcm16_travels_as_int16(tmp_path):
 # ---------------------------------------------------------------- SpecAug
 
 
-def mask_widths(size_t: int, size_f: int, time_mask: int, freq_mask: int, clips: int) -> tuple[torch.Tensor, ...]:
+def mask_widths(
+    size_t: int, size_f: int, time_mask: int, freq_mask: int, clips: int
+) -> tuple[torch.Tensor, ...]:
     """Widths and first positions of the time and frequency masks, recovered from what became 0."""
     torch.manual_seed(0)
     y = SpecAug(time_mask, freq_mask)(torch.ones(clips, size_t, size_f))
@@ -463,15 +505,19 @@ def test_specaug_masks_one_stripe_each_and_leaves_the_rest():
 
 
 def test_specaug_widths_are_uniform_from_0_to_the_maximum():
-    """Mean of {0..8} is 4; each of the 9 widths has probability 1/9, within 4 standard errors over 9,000 clips."""
+    """Mean of {0..8} is 4; each of the 9 widths has probability 1/9, within 4 standard errors over
+    9,000 clips."""
     widths, _, _, _ = mask_widths(50, 20, time_mask=8, freq_mask=5, clips=9000)
     counts = torch.bincount(widths, minlength=9)
-    assert len(counts) == 9 and widths.double().mean().item() == pytest.approx(4, abs=4 * 2.58 / 9000**0.5)
+    assert len(counts) == 9 and widths.double().mean().item() == pytest.approx(
+        4, abs=4 * 2.58 / 9000**0.5
+    )
     assert (counts.double() - 1000).abs().max() < 4 * (9000 * 1 / 9 * 8 / 9) ** 0.5
 
 
 def test_specaug_places_are_uniform():
-    """A stripe of width 1 (max_width 1, half of the clips) starts at each of 10 frames equally often."""
+    """A stripe of width 1 (max_width 1, half of the clips) starts at each of 10 frames equally
+    often."""
     widths, _, in_time, _ = mask_widths(10, 20, time_mask=1, freq_mask=0, clips=20000)
     starts = in_time.sum(0).double()
     assert (starts - widths.sum() / 10).abs().max() < 4 * (10000 * 0.1 * 0.9) ** 0.5 + 1
@@ -510,7 +556,9 @@ def test_a_write_that_fails_leaves_the_old_file(tmp_path):
         "try: write_file(sys.argv[2], bytes(5000))\n"
         "except OSError as error: print(error)"
     )
-    out = subprocess.run([sys.executable, "-c", code, ROOT, path], capture_output=True, text=True).stdout
+    out = subprocess.run(
+        [sys.executable, "-c", code, ROOT, path], capture_output=True, text=True
+    ).stdout
     assert "cannot write" in out and "File too large" in out
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
@@ -534,7 +582,9 @@ def tree(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
-def test_a_development_machine_is_fetched_verified_and_unpacked(server, monkeypatch, tmp_path, capsys):
+def test_a_development_machine_is_fetched_verified_and_unpacked(
+    server, monkeypatch, tmp_path, capsys
+):
     serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
     data.main(["--machine", "fan", "--data", str(tmp_path)])
     assert "1 training clips, 1 test clips" in capsys.readouterr().out
@@ -547,7 +597,9 @@ def test_a_development_machine_is_fetched_verified_and_unpacked(server, monkeypa
     assert len(server.requests) == 1, "what is there is not fetched again"
 
 
-def test_an_evaluation_machine_comes_from_two_archives_with_its_ground_truth(server, monkeypatch, tmp_path):
+def test_an_evaluation_machine_comes_from_two_archives_with_its_ground_truth(
+    server, monkeypatch, tmp_path
+):
     serve(
         server,
         monkeypatch,
@@ -555,7 +607,13 @@ def test_an_evaluation_machine_comes_from_two_archives_with_its_ground_truth(ser
         "eval_data_bandsaw_train",
         zip_of("bandsaw/train/a.wav", "bandsaw/attributes_00.csv"),
     )
-    serve(server, monkeypatch, 7860847, "eval_data_bandsaw_test", zip_of("bandsaw/test/section_00_0000.wav"))
+    serve(
+        server,
+        monkeypatch,
+        7860847,
+        "eval_data_bandsaw_test",
+        zip_of("bandsaw/test/section_00_0000.wav"),
+    )
     for kind in ("data", "domain"):
         name = f"ground_truth_{kind}/ground_truth_bandsaw_section_00_test.csv"
         server.files[f"/truth/{name}"] = b"section_00_0000.wav,1\n"
@@ -569,13 +627,17 @@ def test_an_evaluation_machine_comes_from_two_archives_with_its_ground_truth(ser
 
 def test_there_is_an_archive_with_a_checksum_for_every_machine():
     assert set(data.ARCHIVES) == set(data.DEV + data.EVAL) and len(data.ARCHIVE_MD5) == 21
-    assert {name for archives in data.ARCHIVES.values() for _, name, _ in archives} == set(data.ARCHIVE_MD5)
+    assert {name for archives in data.ARCHIVES.values() for _, name, _ in archives} == set(
+        data.ARCHIVE_MD5
+    )
 
 
 def test_a_broken_download_continues_where_it_stopped(server, monkeypatch, tmp_path):
     serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
     server.cut_at = 100
-    with pytest.raises(OSError, match=f"broke at 100 of {len(FAN_ZIP):,} bytes.*repeat the command to continue"):
+    with pytest.raises(
+        OSError, match=f"broke at 100 of {len(FAN_ZIP):,} bytes.*repeat the command to continue"
+    ):
         data.fetch("fan", tmp_path)
     assert tree(tmp_path) == ["dev_fan.zip.part"]
     server.cut_at = None
@@ -584,7 +646,9 @@ def test_a_broken_download_continues_where_it_stopped(server, monkeypatch, tmp_p
     assert len(tree(tmp_path)) == 3
 
 
-@pytest.mark.parametrize("agent", ["Python-urllib/3.11", "python-requests/2.32", "curl/8.5", "Wget/1.21", ""])
+@pytest.mark.parametrize(
+    "agent", ["Python-urllib/3.11", "python-requests/2.32", "curl/8.5", "Wget/1.21", ""]
+)
 def test_the_server_that_refuses_library_agents_serves_ours(server, monkeypatch, tmp_path, agent):
     """As the data host has done since January 2026; the same server refuses these agents."""
     serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
@@ -604,8 +668,15 @@ def test_a_4xx_is_final_and_says_what_to_put_where(server, tmp_path, status, cap
         data.main(["--machine", "fan", "--data", str(tmp_path)])
     line = capsys.readouterr().err.splitlines()[-1]
     url = f"{data.ZENODO}/7882613/files/dev_fan.zip?download=1"
-    assert stop.value.code == 2 and f"the server refuses {url} ({status} " in line and "continue" not in line
-    assert f"open {url} in a browser and put the file at {tmp_path}/dev_fan.zip; `python tests/demo.py`" in line
+    assert (
+        stop.value.code == 2
+        and f"the server refuses {url} ({status} " in line
+        and "continue" not in line
+    )
+    assert (
+        f"open {url} in a browser and put the file at {tmp_path}/dev_fan.zip; `python tests/demo.py`"
+        in line
+    )
     assert len(server.requests) == 1 and tree(tmp_path) == []
 
 
@@ -617,10 +688,14 @@ def test_a_4xx_is_final_and_says_what_to_put_where(server, tmp_path, status, cap
         ([(502, {"Retry-After": "Wed, 21 Oct 2026 07:28:00 GMT"})], [60]),
     ],
 )
-def test_a_busy_server_is_asked_again_after_the_time_it_names(server, monkeypatch, tmp_path, answers, waits, capsys):
+def test_a_busy_server_is_asked_again_after_the_time_it_names(
+    server, monkeypatch, tmp_path, answers, waits, capsys
+):
     serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
     server.answers, slept = list(answers), []
-    monkeypatch.setattr(data.time, "sleep", lambda seconds: slept.append(seconds) if seconds else None)
+    monkeypatch.setattr(
+        data.time, "sleep", lambda seconds: slept.append(seconds) if seconds else None
+    )
     data.fetch("fan", tmp_path)
     assert slept == waits and len(tree(tmp_path)) == 3
     assert f"the server answers {answers[0][0]}" in (err := capsys.readouterr().err)
@@ -638,14 +713,18 @@ def test_a_server_that_stays_busy_is_given_up_after_three_tries(server, monkeypa
 def test_a_web_page_in_place_of_a_file_is_called_that(server, tmp_path):
     page = b"\n<!DOCTYPE html><html>Blocked</html>"
     server.files["/zenodo/7882613/files/dev_fan.zip"] = page
-    with pytest.raises(ValueError, match=r"what came from http.* is a web page: try again, or open"):
+    with pytest.raises(
+        ValueError, match=r"what came from http.* is a web page: try again, or open"
+    ):
         data.fetch("fan", tmp_path)
     server.files["/truth/x.csv"] = page
     with pytest.raises(ValueError, match="is a web page"):
         data.download(f"{data.GROUND_TRUTH}/x.csv", tmp_path / "x.csv")
     assert tree(tmp_path) == []
     (tmp_path / "dev_fan.zip").write_bytes(page)
-    with pytest.raises(ValueError, match=r"dev_fan\.zip is a web page; delete it, or replace it by what a browser"):
+    with pytest.raises(
+        ValueError, match=r"dev_fan\.zip is a web page; delete it, or replace it by what a browser"
+    ):
         data.fetch("fan", tmp_path)
     assert tree(tmp_path) == ["dev_fan.zip"], "what was put there by hand is not ours to delete"
 
@@ -668,7 +747,9 @@ def test_a_download_killed_after_its_last_byte_is_complete(server, monkeypatch, 
 def test_an_archive_put_there_by_hand_is_used(server, monkeypatch, tmp_path):
     serve(server, monkeypatch, 7882613, "dev_fan", FAN_ZIP)
     (tmp_path / "dev_fan.zip").write_bytes(FAN_ZIP + b"x")
-    with pytest.raises(ValueError, match=r"dev_fan\.zip has not the MD5 checksum .*; delete it, or replace it"):
+    with pytest.raises(
+        ValueError, match=r"dev_fan\.zip has not the MD5 checksum .*; delete it, or replace it"
+    ):
         data.fetch("fan", tmp_path)
     (tmp_path / "dev_fan.zip").write_bytes(FAN_ZIP)
     data.fetch("fan", tmp_path)
@@ -690,7 +771,9 @@ def test_ctrl_c_while_unpacking_keeps_the_archive(server, monkeypatch, tmp_path)
 
 def test_a_wrong_checksum_is_refused_and_leaves_nothing(server, tmp_path):
     server.files["/zenodo/7882613/files/dev_fan.zip"] = FAN_ZIP
-    with pytest.raises(ValueError, match="has not the MD5 checksum 9348591e96fb0ad499a1e33b082562fc: try again"):
+    with pytest.raises(
+        ValueError, match="has not the MD5 checksum 9348591e96fb0ad499a1e33b082562fc: try again"
+    ):
         data.fetch("fan", tmp_path)
     assert tree(tmp_path) == []
 
@@ -746,23 +829,35 @@ def test_a_damaged_archive_leaves_no_folder(server, monkeypatch, tmp_path, conte
 def test_no_network_says_what_to_put_where(monkeypatch, tmp_path):
     monkeypatch.setattr(data, "ZENODO", "http://127.0.0.1:9/zenodo")
     with pytest.raises(
-        OSError, match=r"cannot fetch http.*put the file at .*dev_fan\.zip; `python tests/demo\.py` needs no"
+        OSError,
+        match=r"cannot fetch http.*put the file at .*dev_fan\.zip; `python tests/demo\.py` needs no",
     ):
         data.fetch("fan", tmp_path)
 
 
-def test_a_download_killed_at_random_moments_ends_with_the_same_bytes(server, monkeypatch, tmp_path):
-    """kill -9 while 600 KB arrive and are unpacked, eight times; then the same command once more, to the end."""
+def test_a_download_killed_at_random_moments_ends_with_the_same_bytes(
+    server, monkeypatch, tmp_path
+):
+    """kill -9 while 600 KB arrive and are unpacked, eight times; then the same command once more,
+    to the end."""
     names = [
-        f"fan/{split}/section_00_source_{split}_normal_{i:04}_x.wav" for split in ("train", "test") for i in range(20)
+        f"fan/{split}/section_00_source_{split}_normal_{i:04}_x.wav"
+        for split in ("train", "test")
+        for i in range(20)
     ]
     content = zip_of(*names, content=riff(PCM16, noise(7500).tobytes()))
     serve(server, monkeypatch, 7882613, "dev_fan", content)
     server.delay = 0.01
-    rng, command = random.Random(1), (data.main, ["--machine", "fan", "--data", str(tmp_path / "data")])
+    rng, command = (
+        random.Random(1),
+        (data.main, ["--machine", "fan", "--data", str(tmp_path / "data")]),
+    )
     ends = [in_a_process(*command, kill_after=rng.uniform(0.02, 0.3)) for _ in range(8)]
     assert ends.count(-signal.SIGKILL) >= 6
     server.delay = 0
     assert in_a_process(*command) == 0
     assert tree(tmp_path / "data") == sorted(names)
-    assert all((tmp_path / "data" / name).read_bytes() == riff(PCM16, noise(7500).tobytes()) for name in names)
+    assert all(
+        (tmp_path / "data" / name).read_bytes() == riff(PCM16, noise(7500).tobytes())
+        for name in names
+    )

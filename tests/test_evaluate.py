@@ -17,15 +17,16 @@ from evaluate import machine_metrics, official_score
 
 
 def test_a_six_clip_example():
-    """Three clips a domain: source normals 1, 4, anomaly 3; target normal 2, anomalies 5, 6 (the scores).
+    """Three clips a domain: source normals 1, 4, anomaly 3; target normal 2, anomalies 5, 6 (the
+    scores).
 
-    AUC source: normals 1, 4 against anomalies 3, 5, 6: of 6 pairs all but (4, 3) are ordered right: 5/6.
-    (With anomalies of the same domain only it would be 1/2: the mistake that some implementations make.)
-    AUC target: normal 2 against 3, 5, 6: 3/3 = 1.
-    pAUC: normals 1, 2, 4; up to a false-positive rate of 0.1 the ROC curve is at the share of anomalies above
-    the highest normal, 2/3. Area 0.1 · 2/3; McClish: 1/2 (1 + (area - 0.005) / (0.1 - 0.005)) = 0.8245614.
-    Decisions: above 2.5. Source: 3 and 4 are called anomalies, one is: precision 1/2, recall 1/1, F1 2/3.
-    Target: 5 and 6 are, both right: 1, 1, 1.
+    AUC source: normals 1, 4 against anomalies 3, 5, 6: of 6 pairs all but (4, 3) are ordered right:
+    5/6. (With anomalies of the same domain only it would be 1/2: the mistake that some
+    implementations make.) AUC target: normal 2 against 3, 5, 6: 3/3 = 1. pAUC: normals 1, 2, 4; up
+    to a false-positive rate of 0.1 the ROC curve is at the share of anomalies above the highest
+    normal, 2/3. Area 0.1 · 2/3; McClish: 1/2 (1 + (area - 0.005) / (0.1 - 0.005)) = 0.8245614.
+    Decisions: above 2.5. Source: 3 and 4 are called anomalies, one is: precision 1/2, recall 1/1,
+    F1 2/3. Target: 5 and 6 are, both right: 1, 1, 1.
     """
     metrics = machine_metrics(
         scores=[1, 4, 3, 2, 5, 6],
@@ -53,21 +54,30 @@ EVALUATOR = {  # the 21 values that the official evaluator's README prints for t
 
 
 def test_the_evaluators_21_numbers_give_its_total():
-    machines = [dict(zip(EVALUATOR, values, strict=True)) for values in zip(*EVALUATOR.values(), strict=True)]
-    assert_equal_within(1e-15, "total of the evaluator's 21 numbers", official_score(machines), 0.5925469043549957)
+    machines = [
+        dict(zip(EVALUATOR, values, strict=True))
+        for values in zip(*EVALUATOR.values(), strict=True)
+    ]
+    assert_equal_within(
+        1e-15, "total of the evaluator's 21 numbers", official_score(machines), 0.5925469043549957
+    )
 
 
 def test_figures_that_are_undefined_are_nan_and_left_out():
     only_target = machine_metrics([1, 2, 3], [0, 0, 1], [1, 1, 1])
     assert math.isnan(only_target["auc_source"]) and only_target["auc_target"] == 1
-    assert math.isnan(only_target["precision_source"]) and math.isnan(only_target["precision_target"])
+    assert math.isnan(only_target["precision_source"]) and math.isnan(
+        only_target["precision_target"]
+    )
     no_anomaly = machine_metrics([1, 2], [0, 0], [0, 1])
     assert all(math.isnan(no_anomaly[key]) for key in ("auc_source", "auc_target", "pauc"))
     assert math.isnan(official_score([no_anomaly])) and math.isnan(official_score([]))
     assert official_score([only_target, no_anomaly]) == pytest.approx(1)
 
 
-@pytest.mark.parametrize(("decision", "precision", "recall", "f1"), [(0, 0, 0, 0), (1, 1 / 3, 1, 1 / 2)])
+@pytest.mark.parametrize(
+    ("decision", "precision", "recall", "f1"), [(0, 0, 0, 0), (1, 1 / 3, 1, 1 / 2)]
+)
 def test_decisions_that_are_all_equal_have_the_official_values(decision, precision, recall, f1):
     """Never: 0/ε = 0. Always: one of three is right. A domain without anomalies: recall 0/ε = 0."""
     metrics = machine_metrics([1, 2, 3, 1, 2], [0, 1, 0, 0, 0], [0, 0, 0, 1, 1], [decision] * 5)
@@ -85,12 +95,18 @@ def test_an_auc_of_zero_gives_a_total_near_zero_and_no_error():
 @pytest.mark.parametrize("system", ["MSE", "MAHALA"])
 def test_real_systems_have_the_figures_that_their_authors_printed(system):
     expected = json.loads((REAL / "scores" / "expected_dev.json").read_text())[system]
-    rows = {m: evaluate.evaluate_machine(m, REAL / "scores" / f"dev_{system}", Path("data")) for m in data.DEV}
+    rows = {
+        m: evaluate.evaluate_machine(m, REAL / "scores" / f"dev_{system}", Path("data"))
+        for m in data.DEV
+    }
     keys = [(machine, key) for machine in data.DEV for key in evaluate.ROWS]
     ours, theirs = [rows[m][key] for m, key in keys], [expected[m][key] for m, key in keys]
     what = f"AUC and pAUC of {system}, 7 machines, and total, against their authors' evaluation"
     assert_equal_within(
-        1e-12, what, [*ours, official_score(list(rows.values()))], [*theirs, expected["official_score"]]
+        1e-12,
+        what,
+        [*ours, official_score(list(rows.values()))],
+        [*theirs, expected["official_score"]],
     )
 
 
@@ -108,7 +124,9 @@ def test_real_decisions_have_sklearns_precision_and_recall():
             found = precision_recall_fscore_support(
                 truth, [decisions[n] for n in chosen], average="binary", zero_division=0
             )
-            assert [row[f"{key}_{domain}"] for key in ("precision", "recall", "f1")] == pytest.approx(list(found[:3]))
+            assert [
+                row[f"{key}_{domain}"] for key in ("precision", "recall", "f1")
+            ] == pytest.approx(list(found[:3]))
 
 
 # ---------------------------------------------------------------- files and labels
@@ -121,10 +139,15 @@ def write(path: Path, rows: list) -> Path:
     return path
 
 
-def scored(run: Path, machine: str, scores: dict[str, float], decisions: bool = True, **how) -> Path:
+def scored(
+    run: Path, machine: str, scores: dict[str, float], decisions: bool = True, **how
+) -> Path:
     write(run / f"anomaly_score_{machine}_section_00_test.csv", scores.items())
     if decisions:
-        write(run / f"decision_result_{machine}_section_00_test.csv", [(n, int(s > 0.5)) for n, s in scores.items()])
+        write(
+            run / f"decision_result_{machine}_section_00_test.csv",
+            [(n, int(s > 0.5)) for n, s in scores.items()],
+        )
     how = {"model": "adapter", "normalize": "none", "k": 1, "smote": 0.0} | how
     (run / f"scoring_{machine}.json").write_text(json.dumps(how))
     return run
@@ -132,7 +155,9 @@ def scored(run: Path, machine: str, scores: dict[str, float], decisions: bool = 
 
 def dcase_names(per_cell: int = 5) -> list[str]:
     cells = [(d, label) for d in ("source", "target") for label in ("normal", "anomaly")]
-    return [f"section_00_{d}_test_{label}_{i:04}_x.wav" for d, label in cells for i in range(per_cell)]
+    return [
+        f"section_00_{d}_test_{label}_{i:04}_x.wav" for d, label in cells for i in range(per_cell)
+    ]
 
 
 def made_up(seed: int) -> dict[str, float]:
@@ -148,34 +173,50 @@ def truth(tmp_path: Path, machine: str, anomaly: list, target: list) -> None:
 
 @pytest.fixture
 def bandsaw(tmp_path):
-    """Four evaluation clips whose names tell nothing; the ground truth in another order than the scores."""
+    """Four evaluation clips whose names tell nothing; the ground truth in another order than the
+    scores."""
     scores = {f"section_00_{i:04}.wav": score for i, score in enumerate([0.1, 0.9, 0.2, 0.8])}
     scored(tmp_path / "run", "bandsaw", scores)
-    labels = {"section_00_0003.wav": 1, "section_00_0001.wav": 1, "section_00_0002.wav": 0, "section_00_0000.wav": 0}
-    domains = {"section_00_0000.wav": 0, "section_00_0002.wav": 1, "section_00_0001.wav": 0, "section_00_0003.wav": 1}
+    labels = {
+        "section_00_0003.wav": 1,
+        "section_00_0001.wav": 1,
+        "section_00_0002.wav": 0,
+        "section_00_0000.wav": 0,
+    }
+    domains = {
+        "section_00_0000.wav": 0,
+        "section_00_0002.wav": 1,
+        "section_00_0001.wav": 0,
+        "section_00_0003.wav": 1,
+    }
     truth(tmp_path, "bandsaw", list(labels.items()), list(domains.items()))
     return labels, domains
 
 
 def test_an_unbalanced_evaluation_machine_from_ground_truth_files_to_every_figure(tmp_path, capsys):
-    """Worked by hand; source and target differ in every figure, so a swap of either file's columns shows.
+    """Worked by hand; source and target differ in every figure, so a swap of either file's columns
+    shows.
 
     name   0    1    2    3    4    5    6    7
     score  .1   .2   .6   .9   .3   .7   .8   .4
     domain s    s    s    s    s    t    t    t
     label  n    n    n    a    a    n    a    a
 
-    Source: normals .1 .2 .6 against anomalies .9 .3 .8 .4: 4 + 4 + 2 of 12 pairs are ordered right = 10/12.
-    Target: normal .7 against the same: 2 of 4. pAUC: the normals are .7 .6 .2 .1; above .7 lie 2 of 4 anomalies, so
-    the area up to 0.1 is 0.1 · 1/2; McClish: 1/2 (1 + (0.05 - 0.005) / 0.095) = 0.7368421.
-    Decisions, source: .6 and .9 are called anomalies, .9 and .3 are: precision 1/2, recall 1/2, F1 1/2. Target: all
-    three are called, .8 and .4 are: precision 2/3, recall 1, F1 4/5.
+    Source: normals .1 .2 .6 against anomalies .9 .3 .8 .4: 4 + 4 + 2 of 12 pairs are ordered right
+    = 10/12. Target: normal .7 against the same: 2 of 4. pAUC: the normals are .7 .6 .2 .1; above .7
+    lie 2 of 4 anomalies, so the area up to 0.1 is 0.1 · 1/2; McClish: 1/2 (1 + (0.05 - 0.005) /
+    0.095) = 0.7368421. Decisions, source: .6 and .9 are called anomalies, .9 and .3 are: precision
+    1/2, recall 1/2, F1 1/2. Target: all three are called, .8 and .4 are: precision 2/3, recall 1,
+    F1 4/5.
     """
     scores = [0.1, 0.2, 0.6, 0.9, 0.3, 0.7, 0.8, 0.4]
     names = [f"section_00_{i:04}.wav" for i in range(8)]
     run = scored(tmp_path / "run", "bandsaw", dict(zip(names, scores, strict=True)))
     decisions = [0, 0, 1, 1, 0, 1, 1, 1]
-    write(run / "decision_result_bandsaw_section_00_test.csv", list(zip(names, decisions, strict=True)))
+    write(
+        run / "decision_result_bandsaw_section_00_test.csv",
+        list(zip(names, decisions, strict=True)),
+    )
     truth(tmp_path, "bandsaw", list(zip(names, [0, 0, 0, 1, 1, 0, 1, 1], strict=True))[::-1],
           list(zip(names, [0, 0, 0, 0, 0, 1, 1, 1], strict=True)))  # fmt: skip
     evaluate.main(["--machine", "bandsaw", "--run", str(run), "--data", str(tmp_path / "data")])
@@ -189,7 +230,9 @@ def test_an_unbalanced_evaluation_machine_from_ground_truth_files_to_every_figur
     assert {key: float(row[key]) for key in expected} == pytest.approx(expected)
     total = 3 / (12 / 10 + 2 + 1 / expected["pauc"])
     assert float(row["official_score"]) == pytest.approx(total) and row["set"] == "eval"
-    assert f"official score: **{100 * total:.2f}** (n = 1), partial (1/7)" in capsys.readouterr().out
+    assert (
+        f"official score: **{100 * total:.2f}** (n = 1), partial (1/7)" in capsys.readouterr().out
+    )
 
 
 def test_ground_truth_is_joined_by_name_not_by_row(bandsaw, tmp_path):
@@ -202,10 +245,19 @@ def test_ground_truth_is_joined_by_name_not_by_row(bandsaw, tmp_path):
     [
         (lambda rows: rows[:-1], "has no row for section_00_0000.wav \\(1 missing\\)"),
         (lambda rows: [*rows, rows[1]], "section_00_0001.wav stands there twice"),
-        (lambda rows: [*rows, ("section_00_0009.wav", 1)], "rows that were not scored: section_00_0009.wav"),
+        (
+            lambda rows: [*rows, ("section_00_0009.wav", 1)],
+            "rows that were not scored: section_00_0009.wav",
+        ),
         (lambda rows: [*rows[:-1], (rows[-1][0], 2)], "section_00_0000.wav is 2, not 0 or 1"),
-        (lambda rows: [*rows[:-1], (rows[-1][0], "normal")], "line 4: 'section_00_0000.wav,normal' is not name,int"),
-        (lambda rows: [*rows[:-1], (rows[-1][0],)], "line 4: 'section_00_0000.wav' is not name,int"),
+        (
+            lambda rows: [*rows[:-1], (rows[-1][0], "normal")],
+            "line 4: 'section_00_0000.wav,normal' is not name,int",
+        ),
+        (
+            lambda rows: [*rows[:-1], (rows[-1][0],)],
+            "line 4: 'section_00_0000.wav' is not name,int",
+        ),
     ],
 )
 def test_wrong_ground_truth_is_an_error_that_names_the_row(bandsaw, tmp_path, change, message):
@@ -238,15 +290,20 @@ def test_wrong_score_files_are_refused(tmp_path, rows, message):
 
 def test_decisions_must_be_of_the_same_clips(tmp_path):
     run = scored(tmp_path / "run", "fan", made_up(0))
-    write(run / "decision_result_fan_section_00_test.csv", [(name, 1) for name in dcase_names()[1:]])
+    write(
+        run / "decision_result_fan_section_00_test.csv", [(name, 1) for name in dcase_names()[1:]]
+    )
     with pytest.raises(
-        ValueError, match=r"decision_result_fan.*has no row for section_00_source_test_normal_0000_x\.wav"
+        ValueError,
+        match=r"decision_result_fan.*has no row for section_00_source_test_normal_0000_x\.wav",
     ):
         evaluate.evaluate_machine("fan", run, tmp_path)
 
 
 def test_without_a_decision_file_the_score_is_still_there(tmp_path):
-    row = evaluate.evaluate_machine("fan", scored(tmp_path / "run", "fan", made_up(0), decisions=False), tmp_path)
+    row = evaluate.evaluate_machine(
+        "fan", scored(tmp_path / "run", "fan", made_up(0), decisions=False), tmp_path
+    )
     assert row["auc_source"] > 0 and math.isnan(row["f1_source"])
 
 
@@ -254,9 +311,13 @@ NAMES = ["Pumpe 3, links.wav", 'the "bad" one.wav', "ölpumpe.wav", "latin-1 \ud
 
 
 def test_ones_own_machine_needs_only_a_labels_file_whatever_the_names(tmp_path):
-    """Commas, quotes, spaces, non-ASCII letters, and bytes that are no UTF-8. Without domains, all is source."""
+    """Commas, quotes, spaces, non-ASCII letters, and bytes that are no UTF-8. Without domains, all
+    is source."""
     run = scored(tmp_path / "run", "pump", dict(zip(NAMES, [1.0, 5.0, 2.0, 4.0, 3.0], strict=True)))
-    write(tmp_path / "data" / "pump" / "labels.csv", list(zip(reversed(NAMES), [0, 1, 0, 1, 0], strict=True)))
+    write(
+        tmp_path / "data" / "pump" / "labels.csv",
+        list(zip(reversed(NAMES), [0, 1, 0, 1, 0], strict=True)),
+    )
     labels = tmp_path / "data" / "pump" / "labels.csv"
     labels.write_bytes(b"\xef\xbb\xbf" + labels.read_bytes())  # as spreadsheets save it
     row = evaluate.evaluate_machine("pump", run, tmp_path / "data")
@@ -274,7 +335,9 @@ def run_folder(path: Path, machines=("fan",), seed=0, args=None, **how) -> Path:
     for i, machine in enumerate(machines):
         scored(path, machine, made_up(100 * seed + i), **how)
     if args is not None:
-        (path / "args.json").write_text(json.dumps({"args": {"seed": seed, "run": str(path), "rank": 64} | args}))
+        (path / "args.json").write_text(
+            json.dumps({"args": {"seed": seed, "run": str(path), "rank": 64} | args})
+        )
     return path
 
 
@@ -294,7 +357,9 @@ def test_the_table_of_one_run(tmp_path, capsys):
     assert f"official score: **{100 * total:.2f}** (n = 1), partial (2/7)" in out
     with (run / "metrics.csv").open() as file:
         stored = {row["machine"]: row for row in csv.DictReader(file)}
-    assert float(stored["valve"]["pauc"]) == rows["valve"]["pauc"] and stored["pump"]["set"] == "own"
+    assert (
+        float(stored["valve"]["pauc"]) == rows["valve"]["pauc"] and stored["pump"]["set"] == "own"
+    )
 
 
 def test_a_full_set_is_not_called_partial(tmp_path, capsys):
@@ -303,17 +368,34 @@ def test_a_full_set_is_not_called_partial(tmp_path, capsys):
 
 
 def test_seeds_of_one_setting_give_mean_and_sample_standard_deviation(tmp_path, capsys):
-    hardware = [{}, {"compile": True, "workers": 0}, {"device": "cpu", "data": "d", "weights": "w", "run": "r"}]
-    runs = [run_folder(tmp_path / f"lora-seed{seed}", args=hardware[seed], seed=seed) for seed in range(3)]
+    hardware = [
+        {},
+        {"compile": True, "workers": 0},
+        {"device": "cpu", "data": "d", "weights": "w", "run": "r"},
+    ]
+    runs = [
+        run_folder(tmp_path / f"lora-seed{seed}", args=hardware[seed], seed=seed)
+        for seed in range(3)
+    ]
     out = table(capsys, "--machine", "fan", "--run", *map(str, runs))
-    totals = [100 * official_score([evaluate.evaluate_machine("fan", run, Path("data"))]) for run in runs]
-    assert f"official score: **{np.mean(totals):.2f} ± {np.std(totals, ddof=1):.2f}** (n = 3)" in out
+    totals = [
+        100 * official_score([evaluate.evaluate_machine("fan", run, Path("data"))]) for run in runs
+    ]
+    assert (
+        f"official score: **{np.mean(totals):.2f} ± {np.std(totals, ddof=1):.2f}** (n = 3)" in out
+    )
     assert all((run / "metrics.csv").exists() for run in runs)
 
 
 def test_runs_of_different_settings_give_a_line_each(tmp_path, capsys):
-    runs = [run_folder(tmp_path / f"rank{r}-seed{s}", args={"rank": r}, seed=s) for r in (4, 8) for s in (0, 1)]
-    runs.append(run_folder(tmp_path / "test-normalised", args={"rank": 8}, normalize="test", smote=0.2))
+    runs = [
+        run_folder(tmp_path / f"rank{r}-seed{s}", args={"rank": r}, seed=s)
+        for r in (4, 8)
+        for s in (0, 1)
+    ]
+    runs.append(
+        run_folder(tmp_path / "test-normalised", args={"rank": 8}, normalize="test", smote=0.2)
+    )
     runs.append(run_folder(tmp_path / "no-args"))
     out = table(capsys, "--machine", "fan", "--run", *map(str, runs))
     lines = [line for line in out.splitlines() if str(tmp_path) in line]
@@ -335,7 +417,12 @@ def test_transductive_scores_are_called_so_in_the_single_table(tmp_path, capsys)
 
 def test_undefined_figures_print_n_a_and_make_the_total_partial(tmp_path, capsys):
     run = scored(
-        tmp_path, "fan", {"section_00_source_test_normal_0000_x.wav": 1, "section_00_source_test_anomaly_0000_x.wav": 2}
+        tmp_path,
+        "fan",
+        {
+            "section_00_source_test_normal_0000_x.wav": 1,
+            "section_00_source_test_anomaly_0000_x.wav": 2,
+        },
     )
     out = table(capsys, "--machine", "fan", "--run", str(run))
     assert (

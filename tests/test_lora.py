@@ -8,11 +8,19 @@ from conftest import assert_equal_within
 from torch import nn
 
 from backbone import AST
-from lora import LoRALinear, add_lora, count_parameters, load_trained_state, merge_lora, trained_state
+from lora import (
+    LoRALinear,
+    add_lora,
+    count_parameters,
+    load_trained_state,
+    merge_lora,
+    trained_state,
+)
 
 
 def adapted_layer(rank=4, alpha=6.0, dropout=0.0, bias=True, dtype=torch.float32) -> LoRALinear:
-    """A layer 10 -> 7 whose B is no longer zero; alpha ≠ rank, so that a forgotten scaling shows."""
+    """A layer 10 -> 7 whose B is no longer zero; alpha ≠ rank, so that a forgotten scaling
+    shows."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(10, 7, bias=bias, dtype=dtype), rank, alpha, dropout)
     nn.init.normal_(layer.B)
@@ -21,13 +29,17 @@ def adapted_layer(rank=4, alpha=6.0, dropout=0.0, bias=True, dtype=torch.float32
 
 def test_forward_is_the_equation():
     layer, x = adapted_layer(), torch.randn(3, 5, 10)
-    W, b, A, B, X = (t.detach().double().numpy() for t in (layer.base.weight, layer.base.bias, layer.A, layer.B, x))
+    W, b, A, B, X = (
+        t.detach().double().numpy()
+        for t in (layer.base.weight, layer.base.bias, layer.A, layer.B, x)
+    )
     expected = X @ W.T + b + 6.0 / 4 * (X @ A.T @ B.T)
     torch.testing.assert_close(layer(x).double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
 
 
 def test_a_worked_example():
-    """W = 0, A = [[1, 2]], B = [[3], [4]], rank 1, alpha 2: y = 2 · (x₁ + 2 x₂) · (3, 4); x = (1, 1) -> (18, 24)."""
+    """W = 0, A = [[1, 2]], B = [[3], [4]], rank 1, alpha 2: y = 2 · (x₁ + 2 x₂) · (3, 4); x = (1,
+    1) -> (18, 24)."""
     layer = LoRALinear(nn.Linear(2, 2, bias=False), rank=1, alpha=2)
     with torch.no_grad():
         layer.base.weight.zero_()
@@ -47,14 +59,16 @@ def test_zero_B_leaves_the_backbone_unchanged():
 
 
 def test_A_starts_as_wide_as_a_linear_layer():
-    """Uniform in ±1/√in: standard deviation 1/√(3 in). A transposed A would be √(in/rank) times too wide."""
+    """Uniform in ±1/√in: standard deviation 1/√(3 in). A transposed A would be √(in/rank) times too
+    wide."""
     A = LoRALinear(nn.Linear(768, 768), rank=16, alpha=16).A
     assert A.abs().max() <= 1 / math.sqrt(768)
     assert A.std().item() == pytest.approx(1 / math.sqrt(3 * 768), rel=0.03)
 
 
 def test_gradients_are_those_of_the_dense_update():
-    """With G = ∂L/∂W' of the merged layer: ∂L/∂B = alpha/rank · G Aᵀ and ∂L/∂A = alpha/rank · Bᵀ G."""
+    """With G = ∂L/∂W' of the merged layer: ∂L/∂B = alpha/rank · G Aᵀ and ∂L/∂A = alpha/rank · Bᵀ
+    G."""
     layer, x, g = adapted_layer(), torch.randn(6, 10), torch.randn(6, 7)
     layer(x).backward(g)
     G = g.T @ x
@@ -87,7 +101,9 @@ def test_dropout_acts_on_the_update_only_and_only_in_training():
     assert outputs.std(dim=0).min() > 0
     layer.eval()
     expected = layer(x)
-    torch.testing.assert_close(outputs.mean(dim=0), expected, atol=0.3, rtol=0)  # dropout keeps the mean
+    torch.testing.assert_close(
+        outputs.mean(dim=0), expected, atol=0.3, rtol=0
+    )  # dropout keeps the mean
     assert torch.equal(layer(x), expected)
     nn.init.zeros_(layer.B)
     assert torch.equal(layer.train()(x), layer.base(x)), "the base layer's input is never dropped"
@@ -108,9 +124,13 @@ def test_peft_computes_the_same():
     theirs(x).backward(g)
     for matrix, name in (("A", "lora_A"), ("B", "lora_B")):
         gradient = getattr(theirs, name)["default"].weight.grad
-        assert_equal_within(1e-5, f"LoRA gradient of {matrix} against peft", getattr(ours, matrix).grad, gradient)
+        assert_equal_within(
+            1e-5, f"LoRA gradient of {matrix} against peft", getattr(ours, matrix).grad, gradient
+        )
     theirs.merge()
-    assert_equal_within(1e-5, "LoRA merged against peft", ours.merged().weight, theirs.get_base_layer().weight)
+    assert_equal_within(
+        1e-5, "LoRA merged against peft", ours.merged().weight, theirs.get_base_layer().weight
+    )
 
 
 # ---------------------------------------------------------------- where it is put
@@ -128,7 +148,12 @@ def small_ast(depth=3) -> AST:
 def test_add_lora_wraps_exactly_the_named_layers_of_the_chosen_blocks():
     ast = small_ast()
     add_lora(ast, ["v", "fc1"], rank=2, alpha=3, layers=[0, 2])
-    assert wrapped(ast) == ["blocks.0.attn.v", "blocks.0.mlp.fc1", "blocks.2.attn.v", "blocks.2.mlp.fc1"]
+    assert wrapped(ast) == [
+        "blocks.0.attn.v",
+        "blocks.0.mlp.fc1",
+        "blocks.2.attn.v",
+        "blocks.2.mlp.fc1",
+    ]
     trainable = {name for name, p in ast.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.{matrix}" for name in wrapped(ast) for matrix in "AB"}
 
@@ -195,8 +220,14 @@ def test_what_was_trained_survives_a_round_trip():
 @pytest.mark.parametrize(
     ("other", "message"),
     [
-        ({"rank": 2}, r"another rank or size was trained: blocks.0.attn.q.A is \(4, 64\), not \(2, 64\)"),
-        ({"targets": ["q"]}, "something else was trained: 6 names differ, blocks.0.attn.v.A for one"),
+        (
+            {"rank": 2},
+            r"another rank or size was trained: blocks.0.attn.q.A is \(4, 64\), not \(2, 64\)",
+        ),
+        (
+            {"targets": ["q"]},
+            "something else was trained: 6 names differ, blocks.0.attn.v.A for one",
+        ),
         ({"targets": ["q", "k"]}, "something else was trained"),
         ({"layers": [1, 2]}, "something else was trained"),
     ],
@@ -209,7 +240,9 @@ def test_what_was_trained_otherwise_is_refused_and_changes_nothing(other, messag
     before = {name: tensor.clone() for name, tensor in trained_state(prepared).items()}
     with pytest.raises(ValueError, match=message):
         load_trained_state(prepared, trained_state(ast))
-    assert all(torch.equal(trained_state(prepared)[name], tensor) for name, tensor in before.items())
+    assert all(
+        torch.equal(trained_state(prepared)[name], tensor) for name, tensor in before.items()
+    )
 
 
 @pytest.mark.parametrize(
@@ -237,6 +270,8 @@ def test_nothing_below_the_first_adapter_is_recorded_for_the_backward_pass():
     add_lora(ast, ["v"], rank=2, alpha=2, layers=[2, 3])
     recorded = {}
     for i, block in enumerate(ast.blocks):
-        block.register_forward_hook(lambda _, __, output, i=i: recorded.update({i: output.requires_grad}))
+        block.register_forward_hook(
+            lambda _, __, output, i=i: recorded.update({i: output.requires_grad})
+        )
     ast(torch.randn(1, 1024, 128))
     assert recorded == {0: False, 1: False, 2: True, 3: True}

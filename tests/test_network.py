@@ -2,9 +2,10 @@
 
     ASD_NETWORK=1 python -m pytest tests/test_network.py -rP
 
-Every address answers with what is expected there; the public weights give the hub's own published numbers; fan
-unpacks to the challenge's clips; `score.py --machine fan --pretrained` ends with a table, the first row of the
-README's. Without ASD_NETWORK the same functions go through a loopback server that offers made-up weights and clips.
+Every address answers with what is expected there; the public weights give the hub's own published
+numbers; fan unpacks to the challenge's clips; `score.py --machine fan --pretrained` ends with a
+table, the first row of the README's. Without ASD_NETWORK the same functions go through a loopback
+server that offers made-up weights and clips.
 """
 
 import contextlib
@@ -43,7 +44,8 @@ def check_sizes(addresses: dict[str, tuple[int, int]]) -> None:
 
 
 def public_logits(weights: Path, wave: torch.Tensor) -> torch.Tensor:
-    """(527,) AudioSet logits: our AST, the classifier from the same file, as the hub's model has it."""
+    """(527,) AudioSet logits: our AST, the classifier from the same file, as the hub's model has
+    it."""
     ast, tensors = backbone.load_ast(weights).eval(), backbone.read_tensors(weights)
     x = data.normalise(data.fit_frames(data.log_mel(wave[None])))
     with torch.no_grad():
@@ -68,7 +70,10 @@ def test_every_address_answers_with_the_expected_size():
     million = 1_000_000
     addresses = {backbone.WEIGHTS_URL: (346_404_948, 346_404_948)}
     for record, name, _ in (archive for archives in data.ARCHIVES.values() for archive in archives):
-        addresses[f"{data.ZENODO}/{record}/files/{name}.zip?download=1"] = (10 * million, 1000 * million)
+        addresses[f"{data.ZENODO}/{record}/files/{name}.zip?download=1"] = (
+            10 * million,
+            1000 * million,
+        )
     for machine in data.EVAL:
         for kind in ("data", "domain"):  # 200 rows of section_00_0000.wav,0
             file = f"ground_truth_{kind}/ground_truth_{machine}_section_00_test.csv"
@@ -99,7 +104,8 @@ def test_fan_is_the_challenges_and_ends_with_a_table():
 
 
 def test_the_checks_themselves_against_a_loopback_server(small, server, monkeypatch, capsys):
-    """Sizes right and wrong; logits by transformers where it is installed; fan fetched, scored and evaluated."""
+    """Sizes right and wrong; logits by transformers where it is installed; fan fetched, scored and
+    evaluated."""
     small_machines("fan", n_test=2)
     monkeypatch.setattr(backbone, "WEIGHTS", "ast.pth")
     buffer = io.BytesIO()
@@ -127,8 +133,15 @@ def test_the_checks_themselves_against_a_loopback_server(small, server, monkeypa
 def test_logits_are_those_of_the_hubs_model(tmp_path):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 1, "intermediate_size": 256}
-    theirs = transformers.ASTForAudioClassification(transformers.ASTConfig(**sizes, num_labels=7)).eval()
+    sizes = {
+        "hidden_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 1,
+        "intermediate_size": 256,
+    }
+    theirs = transformers.ASTForAudioClassification(
+        transformers.ASTConfig(**sizes, num_labels=7)
+    ).eval()
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
     torch.save(theirs.state_dict(), tmp_path / "model.bin")
@@ -138,4 +151,6 @@ def test_logits_are_those_of_the_hubs_model(tmp_path):
     x = data.normalise(data.fit_frames(data.log_mel(wave[None])))
     with torch.no_grad():
         expected = theirs(x).logits[0]
-    torch.testing.assert_close(public_logits(tmp_path / "model.bin", wave), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        public_logits(tmp_path / "model.bin", wave), expected, atol=1e-5, rtol=0
+    )

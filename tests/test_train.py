@@ -1,4 +1,5 @@
-"""train.py: ArcFace, the whole loop against a plain one, and what happens to a run that is interrupted or moved."""
+"""train.py: ArcFace, the whole loop against a plain one, and what happens to a run that is
+interrupted or moved."""
 
 import csv
 import hashlib
@@ -21,7 +22,15 @@ import plain
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import FLAGS, ROOT, assert_equal_within, in_a_process, needs_cuda, serve, small_machines
+from conftest import (
+    FLAGS,
+    ROOT,
+    assert_equal_within,
+    in_a_process,
+    needs_cuda,
+    serve,
+    small_machines,
+)
 from scipy.io import wavfile
 
 import backbone
@@ -35,10 +44,12 @@ from train import ArcFace, draw_batches, load_run
 
 
 def test_arcface_worked_example():
-    """Two class centres at right angles, an embedding at 60° to the first (the true one): cos θ = (0.5, 0.866).
+    """Two class centres at right angles, an embedding at 60° to the first (the true one): cos θ =
+    (0.5, 0.866).
 
-    With m = 30° the true class gets cos 90° = 0, the other keeps 0.866; s = 2 gives the logits (0, 1.732),
-    and the loss is ln(1 + e^1.732) = 1.8950. Without the margin it would be ln(1 + e^0.732) = 1.1247.
+    With m = 30° the true class gets cos 90° = 0, the other keeps 0.866; s = 2 gives the logits (0,
+    1.732), and the loss is ln(1 + e^1.732) = 1.8950. Without the margin it would be ln(1 + e^0.732)
+    = 1.1247.
     """
     arcface = ArcFace(dim=2, classes=2, scale=2.0, margin=math.pi / 6)
     with torch.no_grad():
@@ -56,7 +67,8 @@ ANGLES = [0.0, 1e-4, 1e-3, 0.01, 0.3, 1.0, math.pi / 2, 2.5, math.pi - 0.21, mat
 
 @pytest.mark.parametrize("theta", ANGLES)
 def test_arcface_equals_an_independent_float64_computation_with_its_gradients(theta):
-    """cos(θ + m) by way of the angle itself, in float64; beyond π - m the straight line cos θ - m sin m."""
+    """cos(θ + m) by way of the angle itself, in float64; beyond π - m the straight line cos θ - m
+    sin m."""
     margin, scale = 0.2, 30.0
     other = 1.1  # the angle to the second centre
     raw = torch.tensor([[math.cos(theta), math.sin(theta)]], dtype=torch.float32)
@@ -69,15 +81,21 @@ def test_arcface_equals_an_independent_float64_computation_with_its_gradients(th
 
     x, w = raw.double().requires_grad_(), centres.double().requires_grad_()
     e, c = x / x.norm(), w / w.norm(dim=1, keepdim=True)
-    angle = torch.atan2(e[0, 1] * c[0, 0] - e[0, 0] * c[0, 1], (e[0] * c[0]).sum())  # exact at 0 and π too
+    angle = torch.atan2(
+        e[0, 1] * c[0, 0] - e[0, 0] * c[0, 1], (e[0] * c[0]).sum()
+    )  # exact at 0 and π too
     easy = angle + margin <= math.pi
     true = torch.cos(angle + margin) if easy else torch.cos(angle) - margin * math.sin(margin)
     expected = scale * torch.stack([true, (e[0] * c[1]).sum()])
     (torch.logsumexp(expected, 0) - expected[0]).backward()
 
-    assert_equal_within(2e-3, f"ArcFace logits (±30) at {theta:.4g} rad against float64", logits[0], expected)
+    assert_equal_within(
+        2e-3, f"ArcFace logits (±30) at {theta:.4g} rad against float64", logits[0], expected
+    )
     assert ours.grad.isfinite().all() and arcface.centres.grad.isfinite().all()
-    if 1e-3 <= theta <= math.pi - 1e-3:  # at 0 and π the slope along the circle is cut off, see the next test
+    if (
+        1e-3 <= theta <= math.pi - 1e-3
+    ):  # at 0 and π the slope along the circle is cut off, see the next test
         torch.testing.assert_close(ours.grad.double(), x.grad, atol=2e-2, rtol=2e-3)
         torch.testing.assert_close(arcface.centres.grad.double(), w.grad, atol=2e-2, rtol=2e-3)
 
@@ -88,14 +106,20 @@ def test_arcface_is_finite_exactly_at_and_opposite_a_centre(sign):
     embedding = (sign * F.normalize(arcface.centres.detach()[:1])).requires_grad_()
     logits = arcface(embedding, torch.tensor([0]))
     logits.sum().backward()
-    assert logits.isfinite().all() and embedding.grad.isfinite().all() and arcface.centres.grad.isfinite().all()
+    assert (
+        logits.isfinite().all()
+        and embedding.grad.isfinite().all()
+        and arcface.centres.grad.isfinite().all()
+    )
 
 
 def test_arcface_falls_with_the_angle_all_the_way_to_pi():
     theta = torch.linspace(0, math.pi, 1000, dtype=torch.float64)
     arcface = ArcFace(2, 2, 30.0, 0.5).double()
     arcface.centres.data.copy_(torch.eye(2))
-    logits = arcface(torch.stack([theta.cos(), theta.sin()], dim=1), torch.zeros(1000, dtype=torch.int64))[:, 0]
+    logits = arcface(
+        torch.stack([theta.cos(), theta.sin()], dim=1), torch.zeros(1000, dtype=torch.int64)
+    )[:, 0]
     assert (logits.diff() < 0).all()
 
 
@@ -125,7 +149,12 @@ def test_an_epoch_has_every_clip_once_in_an_order_of_its_own():
 
 def test_windows_of_long_clips_are_drawn_from_all_places_on_the_hop():
     """12 s are 1198 frames: the first frame is uniform on {0..174}; a 10 s clip has no choice."""
-    starts = [start for seed in range(400) for batch in draw_batches([192000], 1, seed) for _, start in batch]
+    starts = [
+        start
+        for seed in range(400)
+        for batch in draw_batches([192000], 1, seed)
+        for _, start in batch
+    ]
     assert all(start % HOP == 0 and 0 <= start <= 174 * HOP for start in starts)
     assert len(set(starts)) > 140 and np.mean(starts) / HOP == pytest.approx(87, abs=4 * 50.5 / 20)
     assert all(start == 0 for batch in draw_batches([160000] * 9, 4, 0) for _, start in batch)
@@ -135,20 +164,27 @@ def test_windows_of_long_clips_are_drawn_from_all_places_on_the_hop():
 
 
 def noisy_clips(folder: Path) -> list[torch.Tensor]:
-    """Seven clips of 6, 10 and 12 s in two classes, a hum in coloured noise; one of them with float samples."""
+    """Seven clips of 6, 10 and 12 s in two classes, a hum in coloured noise; one of them with float
+    samples."""
     rng = np.random.default_rng(0)
     folder.mkdir(parents=True)
     for i, seconds in enumerate([6, 10, 12, 10, 12, 6, 10]):
         t = np.arange(seconds * 16000) / 16000
-        wave = 0.1 * np.sin(2 * np.pi * (200 + 150 * (i % 2)) * t) + 0.02 * np.cumsum(rng.normal(size=len(t))) / 50
+        wave = (
+            0.1 * np.sin(2 * np.pi * (200 + 150 * (i % 2)) * t)
+            + 0.02 * np.cumsum(rng.normal(size=len(t))) / 50
+        )
         wave = np.clip(wave + 0.01 * rng.normal(size=len(t)), -0.9, 0.9)
         samples = wave.astype(np.float32) if i == 3 else (32768 * wave).astype(np.int16)
-        wavfile.write(folder / f"section_00_source_train_normal_{i:04}_spd_{i % 2}.wav", 16000, samples)
+        wavfile.write(
+            folder / f"section_00_source_train_normal_{i:04}_spd_{i % 2}.wav", 16000, samples
+        )
     return [plain.read(path) for path in sorted(folder.iterdir())]
 
 
 def lively_weights(path: str) -> dict[str, torch.Tensor]:
-    """A small AST whose tokens differ and attend: at ViT's initial 0.02 gradients are all but noise."""
+    """A small AST whose tokens differ and attend: at ViT's initial 0.02 gradients are all but
+    noise."""
     torch.manual_seed(1)
     ast = backbone.AST(dim=64, depth=2, heads=1)
     for name, parameter in ast.named_parameters():
@@ -161,10 +197,11 @@ def lively_weights(path: str) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("accumulate", [1, 3])
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, accumulate):
-    """Every trained tensor to 1e-6 and every line of the log, through an uneven last batch and a tail step.
+    """Every trained tensor to 1e-6 and every line of the log, through an uneven last batch and a
+    tail step.
 
-    Left out are the biases that a softmax does not see (the keys', the pooling weights'): their gradient is rounding
-    noise, of which Adam makes whole steps.
+    Left out are the biases that a softmax does not see (the keys', the pooling weights'): their
+    gradient is rounding noise, of which Adam makes whole steps.
     """
     monkeypatch.chdir(tmp_path)
     waves, public = noisy_clips(Path("data/fan/train")), lively_weights("ast.pth")
@@ -179,30 +216,45 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, accumulate)
     w, head, centres, log = plain.train(
         waves, [0, 1, 0, 1, 0, 1, 0], public, tuning=tuning, batch=2, masks=(300, 50), **numbers
     )
-    rename = {name.replace(".base.", "."): tensor for name, tensor in model.ast.state_dict().items()}
+    rename = {
+        name.replace(".base.", "."): tensor for name, tensor in model.ast.state_dict().items()
+    }
     expected = w | head | {"centres": centres}
     found = rename | {n: t for n, t in model.state_dict().items() if not n.startswith("ast.")}
     found |= {"centres": last["arcface"]["centres"]}
-    names = [name for name in expected if not name.endswith(("attn.k.bias", "pooling.weights.bias"))]
+    names = [
+        name for name in expected if not name.endswith(("attn.k.bias", "pooling.weights.bias"))
+    ]
     difference = max((found[name] - expected[name]).abs().max().item() for name in names)
-    print(f"training, {tuning}, {accumulate} batches a step, against a plain loop: largest difference {difference:.1e}")
+    print(
+        f"training, {tuning}, {accumulate} batches a step, against a plain loop: largest difference {difference:.1e}"
+    )
     assert difference <= 1e-6 and found.keys() == expected.keys()
     moved = [name for name in public if not torch.equal(found[name], public[name])]
     assert moved == (list(public) if tuning == "full" else [])
     with open("runs/fan/log.csv") as file:
-        rows = [[float(row[key]) for key in ("step", "lr", "loss", "accuracy")] for row in csv.DictReader(file)]
+        rows = [
+            [float(row[key]) for key in ("step", "lr", "loss", "accuracy")]
+            for row in csv.DictReader(file)
+        ]
     assert rows == [pytest.approx(line, rel=1e-5) for line in log]
 
 
 def test_only_pretrained_weights_have_their_own_rate(small):
-    """--ast-lr under --tuning full; everything that starts at random, and LoRA, has --lr in every row."""
+    """--ast-lr under --tuning full; everything that starts at random, and LoRA, has --lr in every
+    row."""
     small_machines("fan")
     for tuning, expected in (("full", [1e-3, 3e-5]), ("lora", [1e-3, 1e-3]), ("frozen", [1e-3])):
-        groups = backbone.load_file(run("--tuning", tuning, "--ast-lr", "3e-5", "--overwrite") / "last.pt")
+        groups = backbone.load_file(
+            run("--tuning", tuning, "--ast-lr", "3e-5", "--overwrite") / "last.pt"
+        )
         groups = groups["optimizer"]["param_groups"]
         assert [group["peak_lr"] for group in groups] == expected
         sizes = [len(group["params"]) for group in groups]
-        assert sizes[0] == 8 and sizes[1:] == {"full": [5 + 2 * 16 + 2], "lora": [2 * 2 * 2], "frozen": []}[tuning]
+        assert (
+            sizes[0] == 8
+            and sizes[1:] == {"full": [5 + 2 * 16 + 2], "lora": [2 * 2 * 2], "frozen": []}[tuning]
+        )
 
 
 # ---------------------------------------------------------------- runs
@@ -236,7 +288,19 @@ def log_of(folder: Path) -> list[dict[str, float]]:
 def test_training_learns_to_tell_the_classes_apart(small):
     small_machines("fan", "valve", n_train=12)
     log = log_of(
-        run("--machine", "fan", "valve", "--epochs", "16", "--time-mask", "0", "--freq-mask", "0", "--run", "runs/fan")
+        run(
+            "--machine",
+            "fan",
+            "valve",
+            "--epochs",
+            "16",
+            "--time-mask",
+            "0",
+            "--freq-mask",
+            "0",
+            "--run",
+            "runs/fan",
+        )
     )
     assert log[-1]["loss"] < 0.7 * log[0]["loss"] and log[-1]["accuracy"] >= 0.5
 
@@ -252,8 +316,11 @@ def test_each_tuning_changes_exactly_what_it_says(small, tuning, capsys):
     adapters = [name for name in base if name[-2:] in (".A", ".B")]
     assert len(adapters) == (2 * 2 * 2 if tuning == "lora" else 0)
     assert all(base[name].abs().sum() > 0 for name in adapters), "every B has moved away from zero"
-    count = {"lora": 4 * 64 * 128, "full": sum(t.numel() for t in public.values()), "frozen": 0}[tuning]
-    # on top: pooling 64·128 + 128 + 128·128 + 128·64 + 64, linear 128·256 + 256, seven class centres of 256
+    count = {"lora": 4 * 64 * 128, "full": sum(t.numel() for t in public.values()), "frozen": 0}[
+        tuning
+    ]
+    # on top: pooling 64·128 + 128 + 128·128 + 128·64 + 64, linear 128·256 + 256, seven class
+    # centres of 256
     assert f"{count + 32_960 + 33_024 + 1_792:,} trainable parameters" in capsys.readouterr().out
 
 
@@ -270,7 +337,9 @@ def test_dropout_acts_in_training_and_not_in_scoring(small):
     assert results(run("--warmup", "0", "--dropout", "0.5", "--overwrite"))["adapter.pt"] != plain_
     clips = list_clips("data", "fan", "test")
     model, _ = load_run("runs/fan")
-    rows = [score.embed(model.train(), clips, data.check_clips(clips), batch_size=4) for _ in range(2)]
+    rows = [
+        score.embed(model.train(), clips, data.check_clips(clips), batch_size=4) for _ in range(2)
+    ]
     np.testing.assert_array_equal(*rows)
 
 
@@ -281,7 +350,8 @@ def test_workers_do_not_change_the_result(small):
 
 
 def test_warm_up_is_linear_and_then_constant(small, capsys):
-    """10 epochs of 2 steps: the 360 steps asked for are cut to a tenth of the run, 2; 8 epochs x 2 with --warmup 1."""
+    """10 epochs of 2 steps: the 360 steps asked for are cut to a tenth of the run, 2; 8 epochs x 2
+    with --warmup 1."""
     small_machines("fan")
     assert [row["lr"] for row in log_of(run("--lr", "0.006", "--epochs", "10"))] == [0.006] * 10
     assert "20 steps in 10 epochs, of which 2 warm up" in capsys.readouterr().out
@@ -301,7 +371,11 @@ def test_twelve_clips_in_ten_epochs_have_warmed_up_after_the_first(small):
 def test_the_record_of_a_run_tells_how_it_was_made(small):
     small_machines("fan")
     record = json.loads((run() / "args.json").read_text())
-    assert record["args"]["rank"] == 64 and record["args"]["alpha"] == 64.0 and record["args"]["seed"] == 0
+    assert (
+        record["args"]["rank"] == 64
+        and record["args"]["alpha"] == 64.0
+        and record["args"]["seed"] == 0
+    )
     names = [f"fan/mode_{mode:02d}" for mode in range(7)]
     assert record["classes"] == names
     assert record["clips"] == {"fan": 7} and record["weights"] == "not the public AudioSet AST"
@@ -312,7 +386,10 @@ def test_one_class_alone_is_refused_with_the_ways_out(small, capsys):
     small_machines("fan")
     for i, clip in enumerate(list_clips("data", "fan", "train")):
         clip.path.rename(clip.path.with_name(f"recording {i}.wav"))
-    assert "train jointly with other machines" in (message := error_of(capsys)) and "--pretrained" in message
+    assert (
+        "train jointly with other machines" in (message := error_of(capsys))
+        and "--pretrained" in message
+    )
     assert not Path("runs").exists()
 
 
@@ -340,7 +417,10 @@ def test_the_log_is_readable_in_a_file(small):
     command = [sys.executable, "-c", CHILD, str(ROOT), *COMMAND]
     result = subprocess.run(command, capture_output=True, text=True)
     lines = result.stdout.splitlines()
-    assert [line.split(",")[0] for line in lines if line.startswith("epoch")] == ["epoch 1: step 2", "epoch 2: step 4"]
+    assert [line.split(",")[0] for line in lines if line.startswith("epoch")] == [
+        "epoch 1: step 2",
+        "epoch 2: step 4",
+    ]
     assert "\r" not in result.stdout + result.stderr and len(lines) == len(set(lines))
 
 
@@ -387,19 +467,30 @@ def test_a_resumed_run_ends_with_the_same_bytes(small, monkeypatch, capsys, tuni
         run(*flags)
     assert stop.value.code == 130
     again = " ".join([*COMMAND, *flags])
-    assert f"interrupted; python train.py {again} --resume continues after" in capsys.readouterr().err
+    assert (
+        f"interrupted; python train.py {again} --resume continues after" in capsys.readouterr().err
+    )
     assert "holds an unfinished run; --resume continues it" in error_of(capsys, *flags)
     assert results(run(*flags, "--resume")) == whole
 
 
 @pytest.mark.parametrize(
-    ("flag", "left"), [("--resume", ["args.json", "last.pt", "log.csv"]), ("--overwrite", ["args.json"])]
+    ("flag", "left"),
+    [("--resume", ["args.json", "last.pt", "log.csv"]), ("--overwrite", ["args.json"])],
 )
-def test_a_run_cut_off_in_its_first_epoch_leaves_nothing_of_the_one_before(small, monkeypatch, flag, left):
-    """But for what --resume needs: else last.pt of one run could be taken for the other's, or its embeddings."""
+def test_a_run_cut_off_in_its_first_epoch_leaves_nothing_of_the_one_before(
+    small, monkeypatch, flag, left
+):
+    """But for what --resume needs: else last.pt of one run could be taken for the other's, or its
+    embeddings."""
     small_machines("fan")
     folder = run("--epochs", "1")
-    for name in ("anomaly_score_fan_section_00_test.csv", "embeddings_fan.npz", "fan.png", "metrics.csv"):
+    for name in (
+        "anomaly_score_fan_section_00_test.csv",
+        "embeddings_fan.npz",
+        "fan.png",
+        "metrics.csv",
+    ):
         (folder / name).touch()
 
     def stop(*_):
@@ -427,7 +518,16 @@ def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(small, mon
     Path("runs/fan/anomaly_score_fan_section_00_test.csv").touch()
     for place in ("runs/fan", "data", "ast.pth"):
         shutil.move(place, f"moved-{Path(place).name}")
-    more = ["--run", "moved-fan", "--data", "moved-data", "--weights", "moved-ast.pth", "--workers", "1"]
+    more = [
+        "--run",
+        "moved-fan",
+        "--data",
+        "moved-data",
+        "--weights",
+        "moved-ast.pth",
+        "--workers",
+        "1",
+    ]
     run("--epochs", "3", "--warmup", "0", "--resume", *more)
     assert results(Path("moved-fan")) == whole
     assert not Path("moved-fan/anomaly_score_fan_section_00_test.csv").exists()
@@ -473,7 +573,9 @@ def test_resuming_with_other_clips_or_weights_is_refused(small, monkeypatch, cap
         (["--batch-size", "4", "--accumulate", "3"], "step 2"),
     ],
 )
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(small, monkeypatch, capsys, flags, step):
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
+    small, monkeypatch, capsys, flags, step
+):
     small_machines("fan")
     forward, calls = ArcFace.forward, []
 
@@ -484,8 +586,14 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(s
     with monkeypatch.context() as patch:
         patch.setattr(ArcFace, "forward", explode)
         message = error_of(capsys, *flags, "--epochs", "3")
-    assert f"the loss is not finite at {step}; last.pt holds the epochs before; take a smaller --lr" in message
-    assert backbone.load_file("runs/fan/last.pt")["epoch"] == 1 and not Path("runs/fan/adapter.pt").exists()
+    assert (
+        f"the loss is not finite at {step}; last.pt holds the epochs before; take a smaller --lr"
+        in message
+    )
+    assert (
+        backbone.load_file("runs/fan/last.pt")["epoch"] == 1
+        and not Path("runs/fan/adapter.pt").exists()
+    )
 
 
 def test_weights_that_are_not_finite_are_not_kept(small, monkeypatch, capsys):
@@ -520,8 +628,13 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(small, monkeypatch, 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", fail)
         message = error_of(capsys, "--epochs", "3")
-    assert "cannot write runs/fan/last.pt: No space left on device; the file is as it was before" in message
-    assert backbone.load_file("runs/fan/last.pt")["epoch"] == 1 and not list(Path("runs/fan").glob("*.part"))
+    assert (
+        "cannot write runs/fan/last.pt: No space left on device; the file is as it was before"
+        in message
+    )
+    assert backbone.load_file("runs/fan/last.pt")["epoch"] == 1 and not list(
+        Path("runs/fan").glob("*.part")
+    )
     assert results(run("--epochs", "3", "--resume")) == whole
 
 
@@ -539,7 +652,8 @@ def test_a_checkpoint_is_written_without_a_second_copy_in_memory(tmp_path):
 
 
 def test_training_and_scoring_killed_at_random_moments_end_with_the_same_bytes(small):
-    """kill -9, five times in training and three times in scoring, each time continuing with the same command."""
+    """kill -9, five times in training and three times in scoring, each time continuing with the
+    same command."""
     small_machines("fan", n_train=14, n_test=8)
     rng, folder = random.Random(0), Path("runs/fan")
     training = (train.main, [*COMMAND, "--epochs", "6"])
@@ -556,9 +670,14 @@ def test_training_and_scoring_killed_at_random_moments_end_with_the_same_bytes(s
     names += [f"{kind}_fan_section_00_test.csv" for kind in ("anomaly_score", "decision_result")]
     whole = {name: (folder / name).read_bytes() for name in names}
     shutil.rmtree("runs")
-    ends = [in_a_process(*resuming, kill_after=rng.uniform(0.05, 0.5) * whole_training) for _ in range(5)]
+    ends = [
+        in_a_process(*resuming, kill_after=rng.uniform(0.05, 0.5) * whole_training)
+        for _ in range(5)
+    ]
     assert in_a_process(*resuming) == 0
-    ends += [in_a_process(*scoring, kill_after=rng.uniform(0.1, 0.9) * whole_scoring) for _ in range(3)]
+    ends += [
+        in_a_process(*scoring, kill_after=rng.uniform(0.1, 0.9) * whole_scoring) for _ in range(3)
+    ]
     assert in_a_process(*scoring) == 0
     assert ends.count(-signal.SIGKILL) >= 5
     assert {name: (folder / name).read_bytes() for name in names} == whole
@@ -577,7 +696,10 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_continue(small):
     small_machines("fan", n_train=14)
     flags = [*COMMAND, "--epochs", "500"]
     process = subprocess.Popen(
-        [sys.executable, "-c", CHILD, str(ROOT), *flags], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", CHILD, str(ROOT), *flags],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     while not Path("runs/fan/last.pt").exists():
         time.sleep(0.05)
@@ -585,22 +707,33 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_continue(small):
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     again = f"python train.py {' '.join(flags)} --resume"
-    assert err.splitlines()[-1] == f"train.py: interrupted; {again} continues after the last whole epoch"
+    assert (
+        err.splitlines()[-1]
+        == f"train.py: interrupted; {again} continues after the last whole epoch"
+    )
     assert "Traceback" not in err
 
 
 def test_a_killed_worker_ends_in_a_line_that_names_the_way_out(small, monkeypatch, capsys):
     """What a bus error for want of shared memory looks like from outside."""
     small_machines("fan")
-    monkeypatch.setattr(data.Windows, "__getitem__", lambda self, item: os.kill(os.getpid(), signal.SIGBUS))
+    monkeypatch.setattr(
+        data.Windows, "__getitem__", lambda self, item: os.kill(os.getpid(), signal.SIGBUS)
+    )
     message = error_of(capsys, "--workers", "1")
-    assert "want of shared memory" in message and "--shm-size=1g" in message and "--workers 0" in message
+    assert (
+        "want of shared memory" in message
+        and "--shm-size=1g" in message
+        and "--workers 0" in message
+    )
 
 
 def test_at_most_four_workers_read_with_one_batch_each_in_waiting():
     parse = train.make_parser().parse_args
     assert train.workers_for(parse(["--machine", "fan", "--device", "cpu"])) == 0
-    assert train.workers_for(parse(["--machine", "fan", "--device", "cuda"])) == min(4, os.cpu_count())
+    assert train.workers_for(parse(["--machine", "fan", "--device", "cuda"])) == min(
+        4, os.cpu_count()
+    )
     assert train.workers_for(parse(["--machine", "fan", "--device", "cuda", "--workers", "9"])) == 9
     assert data.make_loader([], [], 2, torch.device("cpu")).prefetch_factor == 1
 
@@ -610,7 +743,9 @@ def test_at_most_four_workers_read_with_one_batch_each_in_waiting():
 
 def test_a_run_is_loaded_as_it_was_trained(small):
     small_machines("fan")
-    model, args = load_run(run("--rank", "4", "--alpha", "6", "--targets", "v", "fc1", "--layers", "1"))
+    model, args = load_run(
+        run("--rank", "4", "--alpha", "6", "--targets", "v", "fc1", "--layers", "1")
+    )
     state = backbone.load_file("runs/fan/adapter.pt")
     assert args.layers == [1] and sum(name.startswith("ast.") for name in state) == 2 * 2
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
@@ -627,12 +762,27 @@ def change_args(**changes) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"rank": 8}, "another rank or size was trained: ast.blocks.0.attn.q.A is (64, 64), not (8, 64)"),
-        ({"targets": ["q", "k"]}, "something else was trained: 8 names differ, ast.blocks.0.attn.k.A for one"),
-        ({"layers": [0]}, "something else was trained: 4 names differ, ast.blocks.1.attn.q.A for one"),
+        (
+            {"rank": 8},
+            "another rank or size was trained: ast.blocks.0.attn.q.A is (64, 64), not (8, 64)",
+        ),
+        (
+            {"targets": ["q", "k"]},
+            "something else was trained: 8 names differ, ast.blocks.0.attn.k.A for one",
+        ),
+        (
+            {"layers": [0]},
+            "something else was trained: 4 names differ, ast.blocks.1.attn.q.A for one",
+        ),
         ({"tuning": "full"}, "something else was trained"),
-        ({"embedding": 100}, "another rank or size was trained: linear.weight is (256, 128), not (100, 128)"),
-        ({"pooling": "cls"}, "something else was trained: 5 names differ, pooling.hidden_of_context.weight for one"),
+        (
+            {"embedding": 100},
+            "another rank or size was trained: linear.weight is (256, 128), not (100, 128)",
+        ),
+        (
+            {"pooling": "cls"},
+            "something else was trained: 5 names differ, pooling.hidden_of_context.weight for one",
+        ),
     ],
 )
 def test_an_adapter_that_does_not_fit_is_refused(small, changes, message):
@@ -641,17 +791,23 @@ def test_an_adapter_that_does_not_fit_is_refused(small, changes, message):
     change_args(**changes)
     with pytest.raises(ValueError) as error:
         load_run(folder)
-    assert f"adapter.pt does not fit args.json: {message}" in str(error.value) and "\n" not in str(error.value)
+    assert f"adapter.pt does not fit args.json: {message}" in str(error.value) and "\n" not in str(
+        error.value
+    )
 
 
 def test_other_weights_than_trained_on_are_refused(small):
     small_machines("fan")
     folder = run()
     train.save(Path("other.pth"), backbone.AST(64, 2, 1).state_dict())
-    with pytest.raises(ValueError, match=r"was trained on weights [0-9a-f]{12}, other.pth is [0-9a-f]{12}"):
+    with pytest.raises(
+        ValueError, match=r"was trained on weights [0-9a-f]{12}, other.pth is [0-9a-f]{12}"
+    ):
         load_run(folder, "other.pth")
     Path("ast.pth").rename("moved.pth")
-    assert load_run(folder, "moved.pth")[1].weights == "moved.pth", "the place may differ, the content may not"
+    assert load_run(folder, "moved.pth")[1].weights == "moved.pth", (
+        "the place may differ, the content may not"
+    )
 
 
 def test_a_damaged_or_hostile_adapter_is_refused(small):

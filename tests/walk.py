@@ -3,8 +3,9 @@
     python tests/walk.py                                  # a made-up clip, the tiny AST
     python tests/walk.py CLIP.wav --weights weights/ast.safetensors
 
-Made with the public functions and forward hooks, so that it cannot say anything else than they do. The shapes are
-what a trained model has; pooling, linear layer and adapters are random, with B moved away from its zero.
+Made with the public functions and forward hooks, so that it cannot say anything else than they do.
+The shapes are what a trained model has; pooling, linear layer and adapters are random, with B moved
+away from its zero.
 """
 
 import argparse
@@ -25,15 +26,21 @@ from score import nearest
 
 def show(where: str, symbol: str, x: torch.Tensor, more: str = "") -> torch.Tensor:
     shape = str(tuple(x.shape)).replace(",)", ")")
-    print(f"{where:40} {symbol:12} {shape:16} mean {x.mean():6.3f}  std {x.std(correction=0):5.3f}  {more}".rstrip())
+    print(
+        f"{where:40} {symbol:12} {shape:16} mean {x.mean():6.3f}  std {x.std(correction=0):5.3f}  {more}".rstrip()
+    )
     return x
 
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser("walk.py", description="One clip through every stage of the method.")
+    parser = argparse.ArgumentParser(
+        "walk.py", description="One clip through every stage of the method."
+    )
     parser.add_argument("clip", nargs="?", help="a WAV file (a made-up test clip of tests/demo.py)")
-    parser.add_argument("--weights", default=demo.WEIGHTS, help="the AST's weights (tests/tiny_ast.pth)")
+    parser.add_argument(
+        "--weights", default=demo.WEIGHTS, help="the AST's weights (tests/tiny_ast.pth)"
+    )
     args = parser.parse_args(argv)
     demo.make_machine("data/demo", "fan")
     clip = args.clip or list_clips("data/demo", "fan", "test")[0].path
@@ -51,8 +58,15 @@ def main(argv: list[str] | None = None) -> None:
     model = Embedder(load_ast(args.weights).eval(), "asp", 256)
     ast, shown = model.ast, [0, len(model.ast.blocks) - 1]
     plain = {}
-    hooks = [ast.patch_embed.register_forward_hook(lambda _, __, y: show("backbone.py: patch_embed", "patches(x)", y))]
-    hooks += [ast.blocks[i].register_forward_hook(lambda _, __, y, i=i: plain.update({i: y})) for i in shown]
+    hooks = [
+        ast.patch_embed.register_forward_hook(
+            lambda _, __, y: show("backbone.py: patch_embed", "patches(x)", y)
+        )
+    ]
+    hooks += [
+        ast.blocks[i].register_forward_hook(lambda _, __, y, i=i: plain.update({i: y}))
+        for i in shown
+    ]
     tokens = ast(x)
     for hook in hooks:
         hook.remove()
@@ -62,7 +76,12 @@ def main(argv: list[str] | None = None) -> None:
 
     def moved(i: int, y: torch.Tensor) -> None:
         by = (y - plain[i]).norm() / plain[i].norm()
-        show(f"backbone.py: Block {i + 1} of {len(ast.blocks)}", "z", y, f"LoRA has moved it by {by:.1%}")
+        show(
+            f"backbone.py: Block {i + 1} of {len(ast.blocks)}",
+            "z",
+            y,
+            f"LoRA has moved it by {by:.1%}",
+        )
 
     hooks = [ast.blocks[i].register_forward_hook(lambda _, __, y, i=i: moved(i, y)) for i in shown]
     adapted = ast(x)
@@ -75,7 +94,9 @@ def main(argv: list[str] | None = None) -> None:
     show("backbone.py: Embedder", "e", e, f"length {e.norm():.3f}")
     paths = sorted((Path(clip).parent.parent / "train").glob("*.wav"))[:8]
     if paths:
-        bank = torch.cat([model(normalise(fit_frames(log_mel(read_wav(path)[None])))) for path in paths])
+        bank = torch.cat(
+            [model(normalise(fit_frames(log_mel(read_wav(path)[None])))) for path in paths]
+        )
         show("score.py: nearest", "score(x)", torch.from_numpy(nearest(e.numpy(), bank.numpy())))
         print(f"nearest training clip, of {len(paths)}: {paths[(e @ bank.T).argmax()].name}")
 
