@@ -1,20 +1,21 @@
-"""The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, arXiv
-2104.01778).
+"""The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, 2104.01778).
 
-A ViT on the spectrogram x (T = 1024 frames, F = 128 mel bins), N = 2 + 12·101 = 1214 tokens of D
-dimensions:
+A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins), with D dimensions a token:
 
-    z⁰ = [cls, dist, patches(x)] + pos
-    z  = z + Attention(LayerNorm(z)),   z = z + MLP(LayerNorm(z))        12 blocks
+    z = [cls, dist, patches(x)] + pos                        1214 tokens: 2, and 12 · 101 patches
+    z = z + Attention(LayerNorm(z))                          12 blocks of these two lines
+    z = z + MLP(LayerNorm(z))
     tokens = LayerNorm(z)
-    Attention(z) = softmax(q kᵀ / √64) v · proj,   q, k, v = three linear layers of z, heads of 64
+
+    Attention(z) = proj(softmax(q kᵀ / √64) v)               q, k, v: linear in z, heads of 64
 
 and what turns its tokens into the one vector that is scored:
 
     embedding = linear(pool(tokens)) / ‖linear(pool(tokens))‖
 
-data.py makes x, lora.py adapts the linear layers, train.py trains. `python backbone.py` fetches the
-public weights.
+data.py makes x, lora.py adapts the linear layers, train.py trains.
+
+    python backbone.py        # fetches the public weights and says what they are
 """
 
 import torch
@@ -39,15 +40,15 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, dim)
         self.proj = nn.Linear(dim, dim)
 
+    def split_heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(2, (self.heads, -1)).transpose(1, 2)  # (B, heads, N, D / heads)
+
     def forward(self, x: Tensor) -> Tensor:
-        B, N, D = x.shape
-        # (B, N, D) -> (B, heads, N, D / heads)
-        q, k, v = (
-            layer(x).view(B, N, self.heads, -1).transpose(1, 2)
-            for layer in (self.q, self.k, self.v)
-        )
+        q = self.split_heads(self.q(x))
+        k = self.split_heads(self.k(x))
+        v = self.split_heads(self.v(x))
         x = F.scaled_dot_product_attention(q, k, v)  # divides by √(D / heads)
-        return self.proj(x.transpose(1, 2).reshape(B, N, D))
+        return self.proj(x.transpose(1, 2).flatten(2))  # (B, N, D)
 
 
 class MLP(nn.Module):
@@ -67,8 +68,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        # 1e-6 is timm's ViT; PyTorch's default of 1e-5 gives visibly other outputs.
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)  # timm's ViT; PyTorch's own default is 1e-5
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
@@ -81,60 +81,59 @@ class Block(nn.Module):
 class AST(nn.Module):
     """The Transformer with random weights; `load_ast` gives the trained one.
 
-    forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim), all tokens after the final
-    norm: two class tokens, then the patches. ValueError: another input shape. Source:
-    github.com/YuanGongND/ast, 31088be.
+    forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim): two class tokens, then the
+    patches, all after the final norm. ValueError: another input shape.
+    Source: github.com/YuanGongND/ast, 31088be.
     """
 
     def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12):
         super().__init__()
-        n_patches = ((N_MELS - PATCH) // STRIDE + 1) * (
-            (N_FRAMES - PATCH) // STRIDE + 1
-        )  # 12 · 101
+        across_mel = (N_MELS - PATCH) // STRIDE + 1  # 12 patches
+        across_time = (N_FRAMES - PATCH) // STRIDE + 1  # 101 patches
         self.patch_embed = nn.Conv2d(1, dim, kernel_size=PATCH, stride=STRIDE)
         self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
         self.dist_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)  # DeiT's distillation token
-        self.pos_embed = nn.Parameter(torch.randn(1, 2 + n_patches, dim) * 0.02)
-        self.blocks = nn.ModuleList(Block(dim, heads) for _ in range(depth))
+        self.pos_embed = nn.Parameter(torch.randn(1, 2 + across_mel * across_time, dim) * 0.02)
+        self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != (N_FRAMES, N_MELS):
-            raise ValueError(
-                f"the AST needs (B, {N_FRAMES}, {N_MELS}) frames and mel bins, got {tuple(x.shape)}"
-            )
-        B = len(x)
-        x = x.unsqueeze(1).transpose(
-            2, 3
-        )  # (B, T, F) -> (B, 1, F, T): an image with frequency as its height
-        x = self.patch_embed(x)  # (B, D, 12, 101)
-        x = x.flatten(2).transpose(
-            1, 2
-        )  # (B, 1212, D), patch of (f, t) at f · 101 + t: time runs fastest
-        x = torch.cat(
-            [self.cls_token.expand(B, -1, -1), self.dist_token.expand(B, -1, -1), x], dim=1
-        )
-        x = x + self.pos_embed  # (B, 1214, D)
+        B, T, F = x.shape
+        if (T, F) != (N_FRAMES, N_MELS):
+            raise ValueError(f"the AST needs {N_FRAMES} frames of {N_MELS} mel bins, got {(T, F)}")
+        image = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T): frequency is its height
+        patches = self.patch_embed(image)  # (B, D, 12, 101)
+        patches = patches.flatten(2).transpose(1, 2)  # (B, 1212, D): time runs fastest
+        cls, dist = self.cls_token.expand(B, -1, -1), self.dist_token.expand(B, -1, -1)
+        z = torch.cat([cls, dist, patches], dim=1) + self.pos_embed  # (B, 1214, D)
         for block in self.blocks:
-            x = block(x)
-        return self.norm(x)
+            z = block(z)
+        return self.norm(z)
 
 
 class ClassTokenPooling(nn.Module):
     """Mean of the two class tokens, as AST was trained: (B, N, D) -> (B, D)."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return (tokens[:, 0] + tokens[:, 1]) / 2
+        return tokens[:, :2].mean(dim=1)
+
+
+class PatchMeanPooling(nn.Module):
+    """Mean of the patch tokens, as other untouched models are compared: (B, N, D) -> (B, D)."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 2:].mean(dim=1)
 
 
 class AttentiveStatisticsPooling(nn.Module):
     """Weighted mean and standard deviation over the patch tokens h, (B, N, D) -> (B, 2 D).
 
-        a = softmax over tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])      one weight per token and dimension
+        a = softmax over the tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])
         out = [Σ a h,  √Σ a (h - Σ a h)²]
 
+    The weights a differ from token to token and from dimension to dimension.
     Source: ECAPA-TDNN (Desplanques et al. 2020, arXiv 2005.07143), equations 1 to 4 with the global
-    context of their section 3.1; without its batch normalisation.
+    context of their section 3.1, without its batch normalisation.
     """
 
     def __init__(self, dim: int, hidden: int = 128):
@@ -147,22 +146,21 @@ class AttentiveStatisticsPooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = tokens[:, 2:]  # (B, 1212, D)
-        std, mean = torch.std_mean(h, dim=1, correction=0)  # (B, D) each
-        context = self.hidden_of_context(torch.cat([mean, std], dim=1))[:, None]  # (B, 1, hidden)
-        a = self.weights(torch.tanh(self.hidden_of_token(h) + context)).softmax(
-            dim=1
-        )  # (B, 1212, D)
-        mean = (a * h).sum(dim=1)
-        variance = (a * (h - mean[:, None]).square()).sum(dim=1)
-        return torch.cat(
-            [mean, variance.clamp(min=1e-6).sqrt()], dim=1
-        )  # √ is infinitely steep at 0
+        std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D) each
+        context = self.hidden_of_context(torch.cat([mean, std], dim=2))  # (B, 1, hidden)
+        hidden = torch.tanh(self.hidden_of_token(h) + context)  # (B, 1212, hidden)
+        a = self.weights(hidden).softmax(dim=1)  # (B, 1212, D)
+
+        mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
+        variance = (a * (h - mean).square()).sum(dim=1)  # (B, D)
+        std = variance.clamp(min=1e-6).sqrt()  # √ is infinitely steep at 0
+        return torch.cat([mean.squeeze(1), std], dim=1)
 
 
 class Embedder(nn.Module):
     """AST, pooling and linear layer: x (B, 1024, 128) -> embedding (B, embedding), of unit length.
 
-    pooling    "cls" (mean of the class tokens) or "asp" (attentive statistics of the patch tokens)
+    pooling    "cls" (class tokens), "mean" or "asp" (mean, or attentive statistics, of the patches)
     embedding  dimensions of the result; None leaves the linear layer out: the untouched AST
     """
 
@@ -170,15 +168,20 @@ class Embedder(nn.Module):
         super().__init__()
         dim = ast.norm.weight.numel()
         self.ast = ast
-        self.pooling = ClassTokenPooling() if pooling == "cls" else AttentiveStatisticsPooling(dim)
-        pooled = dim if pooling == "cls" else 2 * dim
+        if pooling == "asp":
+            self.pooling, pooled = AttentiveStatisticsPooling(dim), 2 * dim
+        else:
+            self.pooling, pooled = ClassTokenPooling(), dim
+            if pooling == "mean":
+                self.pooling = PatchMeanPooling()
         self.linear = nn.Identity() if embedding is None else nn.Linear(pooled, embedding)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.normalize(self.linear(self.pooling(self.ast(x))).float(), dim=1)
+        pooled = self.pooling(self.ast(x))
+        return F.normalize(self.linear(pooled).float(), dim=1)
 
 
-# -------------------------------------------- plumbing: nothing below is in the paper
+# ---------------------------------------------- plumbing: not needed to follow the method
 
 import io
 import json
@@ -236,31 +239,28 @@ def load_ast(path: str | Path) -> AST:
         depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
         dim = state["norm.weight"].numel() if "norm.weight" in state else 0
         if not dim or dim % HEAD_DIM or not depth:
-            raise ValueError(
-                f"not an AST (no norm.weight of a multiple of {HEAD_DIM}, or no blocks)"
-            )
+            why = f"no norm.weight of a multiple of {HEAD_DIM}, or no blocks"
+            raise ValueError(f"not an AST ({why})")
         with torch.device("meta"):  # shapes without memory: every weight comes from the file
             ast = AST(dim, depth, dim // HEAD_DIM)
         if names := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
             raise ValueError(f"{names[0]} has values that are not finite")
-        ast.load_state_dict(
-            {name: tensor.float().clone() for name, tensor in state.items()}, assign=True
-        )
-    except (
-        RuntimeError
-    ) as error:  # PyTorch's own list of what is missing, too much, or of another shape
+        weights = {name: tensor.float().clone() for name, tensor in state.items()}
+        ast.load_state_dict(weights, assign=True)
+    except RuntimeError as error:  # PyTorch's list of what is missing, too much, of another shape
         differs = " ".join(str(error).partition(":")[2].split())[:200]
-        raise ValueError(
-            f"{path}: not this AST (an ImageNet ViT? other strides?): {differs}"
-        ) from error
+        what = f"{path}: not this AST (an ImageNet ViT? other strides?)"
+        raise ValueError(f"{what}: {differs}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
     return ast
 
 
 def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """To the names of `AST`, without the classifier, the fused qkv split. ValueError: two tensors
-    of one name."""
+    """To the names of `AST`, without the classifier, the fused qkv split.
+
+    ValueError: two tensors of one name.
+    """
     state = {}
     for name, tensor in tensors.items():
         if re.fullmatch(CLASSIFIER, name):
@@ -269,10 +269,7 @@ def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
             name = re.sub(pattern, replacement, name)
         parts = {name: tensor}
         if ".attn.qkv." in name and tensor.ndim and len(tensor) % 3 == 0:
-            parts = {
-                name.replace("qkv", letter): part
-                for letter, part in zip("qkv", tensor.chunk(3), strict=True)
-            }
+            parts = {name.replace("qkv", c): part for c, part in zip("qkv", tensor.chunk(3))}
         if doubled := parts.keys() & state.keys():
             raise ValueError(f"two tensors for {min(doubled)}")
         state |= parts
@@ -280,30 +277,26 @@ def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor, from a safetensors file or from a PyTorch file. ValueError: neither, or
-    damaged."""
+    """Name -> tensor, from a safetensors or a PyTorch file. ValueError: neither, or damaged."""
     raw = Path(path).read_bytes()
     tensors = (read_safetensors if raw[8:9] == b"{" else unpickle)(raw)
-    if not isinstance(tensors, dict) or not all(
-        isinstance(tensor, Tensor) for tensor in tensors.values()
-    ):
+    if not isinstance(tensors, dict):
         raise ValueError("holds something else than tensors by name")
     for name, tensor in tensors.items():
-        if not isinstance(name, str) or not tensor.is_floating_point():
-            raise ValueError(
-                f"{name} is {tensor.dtype}; weights are floating-point tensors by name"
-            )
+        if not isinstance(tensor, Tensor) or not isinstance(name, str):
+            raise ValueError("holds something else than tensors by name")
+        if not tensor.is_floating_point():
+            raise ValueError(f"{name} is {tensor.dtype}; weights are floating-point tensors")
     return tensors
 
 
 # What reading raises on files that are not what they should be.
-DAMAGE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError, TypeError,
-          AttributeError)  # fmt: skip
+DAMAGE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError,
+          TypeError, AttributeError)  # fmt: skip
 
 
 def load_file(path: str | Path) -> object:
-    """What `torch.save` wrote, on the CPU. ValueError (naming the file): truncated, damaged, or
-    something else."""
+    """What `torch.save` wrote, on the CPU. ValueError, naming the file: it is something else."""
     try:
         return unpickle(Path(path).read_bytes())
     except ValueError as error:
@@ -315,19 +308,14 @@ def unpickle(raw: bytes) -> object:
     try:
         return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except DAMAGE as error:
-        kind = (
-            "a web page"
-            if raw.lstrip()[:1] == b"<"
-            else "truncated, damaged, or not a file of tensors"
-        )
-        raise ValueError(
-            f"cannot be loaded: {kind}; delete it and fetch or make it again"
-        ) from error
+        what = "truncated, damaged, or not a file of tensors"
+        if raw.lstrip()[:1] == b"<":
+            what = "a web page"
+        raise ValueError(f"cannot be loaded: {what}; name another, or fetch it again") from error
 
 
 def read_safetensors(raw: bytes) -> dict[str, Tensor]:
-    """8 bytes of header length, a JSON header (name -> dtype, shape, data_offsets), the tensors'
-    bytes."""
+    """8 bytes of header length, a JSON header (dtype, shape, data_offsets by name), the bytes."""
     try:
         start = 8 + int.from_bytes(raw[:8], "little")
         header = json.loads(raw[8:start])
@@ -338,48 +326,40 @@ def read_safetensors(raw: bytes) -> dict[str, Tensor]:
         body, tensors = memoryview(raw)[start:], {}
         for name, entry in header.items():
             content = bytearray(body[slice(*entry["data_offsets"])])
-            tensors[name] = torch.frombuffer(content, dtype=DTYPES[entry["dtype"]]).reshape(
-                entry["shape"]
-            )
+            tensor = torch.frombuffer(content, dtype=DTYPES[entry["dtype"]])
+            tensors[name] = tensor.reshape(entry["shape"])
         return tensors
     except DAMAGE as error:
-        raise ValueError(
-            f"a truncated or invalid safetensors file ({error}); delete it and fetch it again"
-        ) from error
+        what = f"a truncated or invalid safetensors file ({error})"
+        raise ValueError(f"{what}; delete it and fetch it again") from error
 
 
 def fetch_weights(path: str | Path = WEIGHTS) -> None:
     """Download the public AudioSet weights unless they are there, and verify their SHA-256.
 
-    FileNotFoundError: `path` is another place, and empty: nothing is fetched under a name of one's
-    own.
+    FileNotFoundError: `path` is another place, where nothing is fetched to, and empty.
     """
     if Path(path) == Path(WEIGHTS):
         data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
     elif not Path(path).exists():
-        raise FileNotFoundError(
-            f"{path} is missing; `python backbone.py` fetches the public weights to {WEIGHTS}"
-        )
+        fetch = f"`python backbone.py` fetches the public weights to {WEIGHTS}"
+        raise FileNotFoundError(f"{path} is missing; {fetch}")
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
-    parser = data.make_parser("backbone.py", about)
-    parser.add_argument(
-        "--weights", default=WEIGHTS, help="where they are (%(default)s, fetched if missing)"
-    )
+    parser = data.Parser("backbone.py", about)
+    where = "where they are (%(default)s, fetched if missing)"
+    parser.add_argument("--weights", default=WEIGHTS, help=where)
     args = parser.parse_args(argv)
     with data.one_line_errors(parser):
         fetch_weights(args.weights)
         ast = load_ast(args.weights)
         digest = data.file_digest(args.weights)
-    print(
-        f"{args.weights}  SHA-256 {digest}",
-        "(the public AudioSet AST)" if digest == WEIGHTS_SHA256 else "(other)",
-    )
-    print(
-        f"AST: {len(ast.blocks)} blocks, {ast.norm.weight.numel()} dimensions, {ast.pos_embed.shape[1]} tokens"
-    )
+    known = "the public AudioSet AST" if digest == WEIGHTS_SHA256 else "other"
+    print(f"{args.weights}  SHA-256 {digest} ({known})")
+    tokens, dim = ast.pos_embed.shape[1:]
+    print(f"AST: {len(ast.blocks)} blocks, {dim} dimensions, {tokens} tokens")
     print(f"parameters: {sum(parameter.numel() for parameter in ast.parameters()):,}")
 
 

@@ -1,16 +1,18 @@
 """From WAV files to what the network sees, and from file names to labels.
 
-    wave (n_samples,) 16 kHz in [-1, 1], of a longer clip windows of 164,080 samples
-      -> log_mel       X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])      (T frames, 128 mel bins)
+    wave (n_samples,)  mono, 16 kHz, in [-1, 1]
+      -> log_mel       X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])      (T frames, 128 bins)
       -> fit_frames    zeros up to T = 1024 frames, or cut                      (1024, 128)
       -> normalise     (X + 4.268) / (2 · 4.569)                                (1024, 128)
-      -> SpecAug       in training: one random stripe of time and one of frequency set to 0
+      -> SpecAug       in training, a random stripe of time and one of frequency become 0
 
-Frame t: 25 ms from t · 10 ms on, less its mean, pre-emphasised, windowed. M: triangular mel
-filters. ε: 1.19e-7.
+Frame t has 25 ms from t · 10 ms on; less its mean, it is pre-emphasised and windowed.
+M are triangular mel filters, ε is 1.19e-7. Of a clip longer than 1024 frames (10.255 s), training
+takes a random window and scoring several that cover it.
 
-The files are the challenge's, `<data>/<machine>/{train,test}/*.wav`; `python data.py --machine fan`
-fetches them.
+The files are <data>/<machine>/{train,test}/*.wav, the challenge's or one's own.
+
+    python data.py --machine fan        # fetches a machine of DCASE2023 Task 2
 """
 
 import math
@@ -21,199 +23,195 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-import torchaudio
 from torch import Tensor
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
+from torchaudio.functional import resample
 
 SAMPLE_RATE = 16000
 FRAME, HOP, FFT = 400, 160, 512  # samples: a frame of 25 ms every 10 ms, padded to 512 for the FFT
 N_FRAMES, N_MELS = 1024, 128  # what the AST takes
-WINDOW = (
-    FRAME + (N_FRAMES - 1) * HOP
-)  # the 164,080 samples (10.255 s) that give exactly 1024 frames
+WINDOW = FRAME + (N_FRAMES - 1) * HOP  # 164,080 samples, 10.255 s: exactly 1024 frames
 MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's own training
+
+
+# From samples to spectrograms
 
 
 @cache
 def mel_filters(device: torch.device) -> Tensor:
-    """M (257 FFT bins, 128): triangles between 130 points that are evenly spaced in mel = 1127 ln(1
-    + Hz/700)."""
-    low, high = (1127 * math.log(1 + hz / 700) for hz in (20, SAMPLE_RATE / 2))
-    edges = low + torch.arange(N_MELS + 2) * ((high - low) / (N_MELS + 1))
-    left, centre, right = edges[:-2, None], edges[1:-1, None], edges[2:, None]  # (128, 1) each
-    mel = (
-        1127 * (1 + torch.arange(FFT // 2) * (SAMPLE_RATE / FFT) / 700).log()
-    )  # of each FFT bin below 8 kHz
-    filters = torch.minimum((mel - left) / (centre - left), (right - mel) / (right - centre)).clamp(
-        min=0
-    )
-    return torch.nn.functional.pad(filters, (0, 1)).T.to(device)  # 8 kHz itself has weight 0
+    """M (257 FFT bins, 128): triangles between 130 points, evenly spaced in mel.
+
+    Kaldi's mel scale is 1127 ln(1 + Hz/700), here from 20 Hz to 8 kHz.
+    """
+    low = 1127 * math.log(1 + 20 / 700)
+    high = 1127 * math.log(1 + SAMPLE_RATE / 2 / 700)
+    points = low + torch.arange(N_MELS + 2) * ((high - low) / (N_MELS + 1))
+    left, centre, right = points[:-2, None], points[1:-1, None], points[2:, None]  # (128, 1) each
+
+    hz = torch.arange(FFT // 2) * (SAMPLE_RATE / FFT)  # of each FFT bin below 8 kHz
+    mel = 1127 * (1 + hz / 700).log()
+    rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)
+    filters = torch.minimum(rising, falling).clamp(min=0)  # (128, 256)
+    return pad(filters, (0, 1)).T.to(device)  # the bin of 8 kHz itself has weight 0
 
 
 def log_mel(waves: Tensor) -> Tensor:
-    """Kaldi's log-mel filter bank: waves (B, n_samples) float in [-1, 1] -> (B, n_frames, 128),
-    natural log.
+    """Kaldi's log-mel filter bank: waves (B, n_samples) in [-1, 1] -> (B, n_frames, 128).
 
-    On a CPU bit-equal to torchaudio's kaldi.fbank as AST calls it (htk_compat, "hanning", no
-    dither, no energy). ValueError: integer samples, or fewer than one frame of 400.
+    On a CPU it is bit-equal to torchaudio's kaldi.fbank as the official AST calls it (htk_compat,
+    "hanning", no dither, no energy). ValueError: integer samples, or fewer than one frame of 400.
     """
     if not waves.is_floating_point() or waves.ndim != 2 or waves.shape[1] < FRAME:
         got = f"{waves.dtype} {tuple(waves.shape)}"
-        raise ValueError(
-            f"log_mel needs float waves (B, n_samples) of at least {FRAME} samples, got {got}"
-        )
-    # On a CPU clip by clip: one clip's frames fit into the cache, a batch's do not.
-    parts = waves.split(1) if waves.device.type == "cpu" else [waves]
-    return torch.cat([filter_bank(part.unfold(1, FRAME, HOP)) for part in parts])
+        raise ValueError(f"log_mel needs float waves (B, at least {FRAME} samples), got {got}")
+    if waves.device.type == "cpu":  # one clip at a time: its frames fit into the cache
+        return torch.cat([filter_bank(wave.unfold(1, FRAME, HOP)) for wave in waves.split(1)])
+    return filter_bank(waves.unfold(1, FRAME, HOP))
 
 
 def filter_bank(frames: Tensor) -> Tensor:
-    """The equation: frames (B, T, 400) -> (B, T, 128)."""
-    frames = frames - frames.mean(
-        dim=2, keepdim=True
-    )  # per frame: AST's waveform.mean() changes nothing then
-    frames -= 0.97 * torch.cat(
-        [frames[..., :1], frames[..., :-1]], dim=2
-    )  # pre-emphasis, first sample repeated
+    """The equation of X above: frames (B, T, 400) -> (B, T, 128)."""
+    # The mean goes frame by frame: subtracting the wave's, as AST's own code does, adds nothing.
+    frames = frames - frames.mean(dim=2, keepdim=True)
+    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # the first sample is repeated
+    frames -= 0.97 * before
     frames *= torch.hann_window(FRAME, periodic=False, device=frames.device)
     power = torch.fft.rfft(frames, n=FFT).abs().square_()  # (B, T, 257)
-    return (power @ mel_filters(frames.device)).clamp_(min=torch.finfo(torch.float32).eps).log_()
+    mel = power @ mel_filters(frames.device)  # (B, T, 128)
+    return mel.clamp_(min=torch.finfo(torch.float32).eps).log_()
 
 
 def fit_frames(x: Tensor, n: int = N_FRAMES) -> Tensor:
-    """Pad with zeros or cut (B, T, F) to (B, n, F); as in AST before `normalise`: padding then
-    becomes 0.467."""
-    return torch.nn.functional.pad(x, (0, 0, 0, n - x.shape[1]))  # a negative pad cuts
+    """Pad (B, T, F) with zeros, or cut it, to (B, n, F).
+
+    As in the official code this comes before `normalise`, so a frame of padding becomes 0.467.
+    """
+    return pad(x, (0, 0, 0, n - x.shape[1]))  # a negative pad cuts
 
 
 def normalise(x: Tensor) -> Tensor:
-    """AudioSet's mean to 0 and its standard deviation to 1/2. The factor 2 is AST's: it was trained
-    so."""
+    """Bring AudioSet's mean to 0 and its standard deviation to 1/2, as the AST was trained."""
     return (x - MEAN) / (2 * STD)
 
 
 def spectrogram(waves: Tensor, lengths: Tensor) -> Tensor:
-    """What the AST takes: waves (B, n_samples) int16 or float, with their lengths (B,), -> (B,
-    1024, 128)."""
-    x = fit_frames(log_mel(to_float(waves)))
+    """What the AST takes: waves (B, n_samples) and their lengths (B,) -> (B, 1024, 128)."""
+    x = fit_frames(log_mel(waves))
+    # A shorter wave was filled up with zero samples, whose log-mel is -15.9. The AST knows padding
+    # as frames of zeros, so the frames beyond a wave's own become that.
     padding = torch.arange(N_FRAMES, device=x.device) >= count_frames(lengths)[:, None]  # (B, T)
-    # After its end a clip has zero *samples* up to the batch's length, log-mel -15.9: make them
-    # zero *frames*.
     return normalise(x.masked_fill(padding[:, :, None], 0))
 
 
-def to_float(wave: Tensor) -> Tensor:
-    """int16 to [-1, 1]; float as it is. The AST was trained on waves in [-1, 1]: samples left at
-    the scale of int16 would add ln(32768²) = 20.8 to every log-mel value, and still give
-    plausible-looking numbers."""
-    return wave.float() / 32768 if wave.dtype == torch.int16 else wave
-
-
 class SpecAug:
-    """SpecAugment's masks (Park et al. 2019, arXiv 1904.08779, section 2), without its time
-    warping.
+    """SpecAugment's two masks (Park et al. 2019, arXiv 1904.08779, section 2), without its warping.
 
-    x (B, T, F) -> (B, T, F): in each clip, w frames from t₀ on and w' bins from f₀ on become 0,
-    AudioSet's mean; w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise w', f₀. ValueError:
-    wider than 1024 frames or 128 bins.
+    x (B, T, F) -> (B, T, F). In each clip w frames from t₀ on, and v bins from f₀ on, become 0,
+    which is AudioSet's mean: w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise v and f₀.
+    ValueError: a mask wider than 1024 frames or 128 bins.
     """
 
     def __init__(self, time_mask: int, freq_mask: int):
         if not 0 <= time_mask <= N_FRAMES or not 0 <= freq_mask <= N_MELS:
-            raise ValueError(
-                f"SpecAug masks must be 0 to {N_FRAMES} frames and 0 to {N_MELS} mel bins wide"
-            )
+            raise ValueError(f"SpecAug masks are 0 to {N_FRAMES} frames, 0 to {N_MELS} bins wide")
         self.time_mask, self.freq_mask = time_mask, freq_mask
 
     def __call__(self, x: Tensor) -> Tensor:
         B, T, F = x.shape
-        in_time = self._stripes(B, T, self.time_mask, x.device)
-        in_freq = self._stripes(B, F, self.freq_mask, x.device)
+        in_time = stripes(B, T, self.time_mask, x.device)  # (B, T)
+        in_freq = stripes(B, F, self.freq_mask, x.device)  # (B, F)
         return x.masked_fill(in_time[:, :, None] | in_freq[:, None, :], 0)
 
-    @staticmethod
-    def _stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
-        """(B, size) bool: in each row one stripe of True, of random width and place."""
-        width = torch.randint(max_width + 1, (B, 1), device=device)
-        start = (torch.rand(B, 1, device=device) * (size - width + 1)).long()
-        position = torch.arange(size, device=device)
-        return (start <= position) & (position < start + width)
+
+def stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
+    """In each of B rows one stripe of True, of random width and place: (B, size) bool."""
+    width = torch.randint(max_width + 1, (B, 1), device=device)
+    start = (torch.rand(B, 1, device=device) * (size - width + 1)).long()
+    position = torch.arange(size, device=device)
+    return (start <= position) & (position < start + width)
+
+
+# Windows of clips, and batches of windows
 
 
 def count_frames(n_samples: int | Tensor) -> int | Tensor:
-    """How many whole frames fit: 998 for 10 s, 1198 for 12 s."""
+    """How many whole frames fit: 998 into 10 s, 1198 into 12 s."""
     return 1 + (n_samples - FRAME) // HOP
 
 
 def window_starts(n_samples: int) -> list[int]:
-    """First samples of the fewest evenly spaced 1024-frame windows that cover a clip; [0] if one is
-    enough."""
+    """First samples of the fewest evenly spaced windows that cover a clip: [0] if one is enough."""
     n_frames = count_frames(n_samples)
-    count = -(-n_frames // N_FRAMES)
-    return (
-        [round(i * (n_frames - N_FRAMES) / (count - 1)) * HOP for i in range(count)]
-        if count > 1
-        else [0]
-    )
+    count = math.ceil(n_frames / N_FRAMES)
+    last = max(0, n_frames - N_FRAMES)  # first frame of the last window
+    return [round(frame) * HOP for frame in np.linspace(0, last, count)]
+
+
+class RandomWindows:
+    """What training hears in one epoch: every clip once, in random order, at a random window.
+
+    Iterating gives (index of the clip, first sample); it draws them all at once from PyTorch's
+    generator. lengths: of the clips, in samples.
+    """
+
+    def __init__(self, lengths: list[int]):
+        self.lengths = torch.tensor(lengths)
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self):
+        spare = (count_frames(self.lengths) - N_FRAMES).clamp(min=0)  # frames beyond one window
+        start = (torch.rand(len(spare)) * (spare + 1)).long() * HOP
+        for index in torch.randperm(len(spare)).tolist():
+            yield index, start[index].item()
 
 
 class Windows(torch.utils.data.Dataset):
-    """item (index of a clip, first sample) -> (at most 164,080 samples, index).
-
-    In training drawn at random, in scoring evenly spaced; at multiples of the hop, as if the
-    spectrogram were cut.
-    """
+    """Item (index of the clip, first sample) is (at most 164,080 samples from there on, index)."""
 
     def __init__(self, clips: list["Clip"]):
-        self.clips, self.last = (
-            clips,
-            (-1, None),
-        )  # the last clip read: its next window needs no second reading
+        self.clips = clips
+        self.index = None  # of the last clip read, so that its next window needs no second reading
 
     def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
         index, start = item
-        if index != self.last[0]:
-            self.last = index, decode(self.clips[index].path)
-        return self.last[1][start : start + WINDOW], index
+        if index != self.index:
+            self.index, self.wave = index, read_wav(self.clips[index].path)
+        return self.wave[start : start + WINDOW], index
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """-> waves (B, n_samples) padded with zeros, int16 if all are; lengths (B,); clip indices
-    (B,)."""
-    waves, indices = zip(*items, strict=True)
-    if any(wave.dtype != torch.int16 for wave in waves):
-        waves = [to_float(wave) for wave in waves]
-    lengths = torch.tensor([len(wave) for wave in waves])
-    return pad_sequence(waves, batch_first=True), lengths, torch.tensor(indices)
+    """Waves (B, n_samples), padded with zeros; their lengths (B,); the clips' indices (B,)."""
+    waves, indices = zip(*items)
+    lengths = [len(wave) for wave in waves]
+    return pad_sequence(waves, batch_first=True), torch.tensor(lengths), torch.tensor(indices)
 
 
-def decode(path: str | Path) -> Tensor:
-    """Any WAV file -> mono 16 kHz (n_samples,): int16 where it holds just that, float32 in [-1, 1]
-    otherwise.
+# Files and their names
 
-    ValueError (naming file and reason): unreadable, truncated, empty, not finite, another encoding.
+
+def read_wav(path: str | Path) -> Tensor:
+    """Any WAV file as mono 16 kHz in [-1, 1]: (n_samples,) float32.
+
+    The AST was trained on such waves. At the scale of int16 every log-mel value would be too large
+    by ln(32768²) = 20.8, and the results would still look plausible.
+    ValueError, naming file and reason: unreadable, truncated, empty, not finite, another encoding.
     """
-    rate, samples = read_samples(path)  # (n,) or (n, channels)
-    if rate == SAMPLE_RATE and samples.dtype == np.int16 and samples.ndim == 1:
-        return torch.from_numpy(samples)
-    if samples.dtype == np.uint8:  # 8-bit WAV is the unsigned one
-        samples = (samples - 128.0) / 128
-    elif samples.dtype.kind == "i":
-        samples = samples / -float(np.iinfo(samples.dtype).min)
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)
-    return torchaudio.functional.resample(
-        torch.from_numpy(samples.astype(np.float32)), rate, SAMPLE_RATE
-    )
+    samples, rate = read_samples(path)  # (n, channels) float32 in [-1, 1], at any rate
+    return resample(samples.mean(dim=1), rate, SAMPLE_RATE)
 
 
-class Clip(NamedTuple):  # one WAV file and what its name says; None and '' where it says nothing
+class Clip(NamedTuple):
+    """A WAV file and what its name says; None and '' where it says nothing."""
+
     path: Path
     machine: str
     split: str  # "train" or "test"
     domain: str | None  # "source" or "target"
     is_anomaly: bool | None
-    attributes: str  # e.g. "vel_9_loc_A"; with the machine, the class that training tells apart
+    attributes: str  # "vel_9_loc_A"; with the machine, the class that training tells apart
 
 
 CLIP_NAME = (
@@ -222,22 +220,21 @@ CLIP_NAME = (
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """fan/test/section_00_source_test_anomaly_0022_m-n_W.wav -> machine fan, source, anomaly,
-    attributes m-n_W.
+    """fan/test/section_00_source_test_anomaly_0022_m-n_W.wav: fan, test, source, True, "m-n_W".
 
-    A name of another form (the evaluation set's section_00_0000.wav, one's own files) is a clip
-    without labels.
+    A name of another form is a clip without labels: the evaluation set's section_00_0000.wav, or
+    one's own recordings.
     """
     path = Path(path)
-    match = re.fullmatch(CLIP_NAME, path.name)
-    domain, label, attributes = match.groups() if match else (None, None, None)
+    domain, label, attributes = None, None, None
+    if match := re.fullmatch(CLIP_NAME, path.name):
+        domain, label, attributes = match.groups()
     is_anomaly = None if label is None else label == "anomaly"
-    return Clip(
-        path, path.parent.parent.name, path.parent.name, domain, is_anomaly, attributes or ""
-    )
+    machine, split = path.parent.parent.name, path.parent.name
+    return Clip(path, machine, split, domain, is_anomaly, attributes or "")
 
 
-# -------------------------------------------- plumbing: nothing below is in the paper
+# ---------------------------------------------- plumbing: not needed to follow the method
 
 import argparse
 import csv
@@ -251,9 +248,12 @@ import shlex
 import shutil
 import struct
 import sys
+import tempfile
 import time
+import traceback
 import urllib.error
 import urllib.request
+import uuid
 import warnings
 import zipfile
 import zlib
@@ -265,56 +265,93 @@ from tqdm import tqdm
 
 # Folders of clips
 
+DEV = ["ToyCar", "ToyTrain", "bearing", "fan", "gearbox", "slider", "valve"]
+EVAL = ["ToyDrone", "ToyNscale", "ToyTank", "Vacuum", "bandsaw", "grinder", "shaker"]
+OTHER_AUDIO = {".mp3", ".flac", ".ogg", ".opus", ".m4a", ".aac", ".wma", ".aif", ".aiff"}
+
+
+def files_in(folder: Path, suffixes: set[str]) -> list[Path]:
+    """The files of these kinds, sorted. Hidden ones (macOS's "._x.wav") are left out."""
+    paths = folder.iterdir() if folder.is_dir() else []
+    return sorted(p for p in paths if p.suffix.lower() in suffixes and not p.name.startswith("."))
+
 
 def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
-    """The clips in root/machine/split, sorted by name. Hidden files (macOS's "._x.wav") are left
-    out.
+    """The clips in root/machine/split, sorted by name.
 
-    FileNotFoundError: no such folder, or no WAV file in it. ValueError: an anomaly among the
-    training clips.
+    FileNotFoundError: no such folder, or no WAV file in it. ValueError: an anomaly for training.
     """
     folder = Path(root) / machine / split
     if not folder.is_dir():
         raise FileNotFoundError(why_missing(folder))
-    paths = sorted(
-        p for p in folder.iterdir() if p.suffix.lower() == ".wav" and not p.name.startswith(".")
-    )
-    if not paths:
-        raise FileNotFoundError(f"{folder} has no WAV file; put this machine's {split} clips there")
-    clips = [parse_clip(path) for path in paths]
-    if anomalies := [clip for clip in clips if split == "train" and clip.is_anomaly]:
-        path = anomalies[0].path
-        raise ValueError(
-            f"{path} is an anomaly by its name; training uses normal clips only: move it away"
-        )
+    clips = [parse_clip(path) for path in files_in(folder, {".wav"})]
+    if not clips:
+        others = "; convert its other sound files" if files_in(folder, OTHER_AUDIO) else ""
+        raise FileNotFoundError(f"{folder} has no WAV file; put {split} clips there{others}")
+    for clip in clips:
+        if split == "train" and clip.is_anomaly:
+            what = f"{clip.path} is an anomaly by its name"
+            raise ValueError(f"{what}; training uses normal clips only: move it away")
     return clips
 
 
 def why_missing(folder: Path) -> str:
     root, machine, split = folder.parent.parent, folder.parent.name, folder.name
     if (folder.parent / machine / split).is_dir():
-        return (
-            f"{folder.parent / machine / split} is nested one folder too deep; move it to {folder}"
-        )
-    if machine in ARCHIVES:
+        nested = folder.parent / machine / split
+        return f"{nested} is nested one folder too deep; move it to {folder}"
+    if machine in ARCHIVES and not is_own(root, machine):
         return f"{folder} is missing; `python data.py --machine {machine} --data {root}` fetches it"
+    if folder.parent.is_dir():
+        for path in folder.parent.iterdir():
+            if path.is_dir() and path.name.lower() == split:
+                return f"{folder} is missing; {path} is there: rename it to {split}"
+        return f"{folder} is missing; put {split} clips (WAV) there"
     own = [path.name for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
-    near = difflib.get_close_matches(machine, DEV + EVAL + own, n=1)
-    return f"{folder} is missing; " + (
-        f"did you mean {near[0]!r}?" if near else f"put {split} clips (WAV) there"
-    )
+    near = did_you_mean(machine, DEV + EVAL + own)
+    return f"{folder} is missing" + (near or f"; put {split} clips (WAV) there")
+
+
+def did_you_mean(word: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(word.lower(), [name.lower() for name in known], n=1)
+    return "".join(f"; did you mean {name!r}?" for name in known if name.lower() in near)
+
+
+def are_the_challenges(names: list[str]) -> bool:
+    return all(re.match(r"section_\d\d_", name) for name in names)
+
+
+def is_own(root: str | Path, machine: str) -> bool:
+    """Whether the machine's folder holds files of other names than the challenge's."""
+    folders = [Path(root) / machine / split for split in ("train", "test")]
+    names = [path.name for folder in folders for path in files_in(folder, {".wav"} | OTHER_AUDIO)]
+    return not are_the_challenges(names)
+
+
+def machine_names(names: list[str]) -> list[str]:
+    """The machines meant by --machine: dev, eval and all are expanded, doubles dropped.
+
+    ValueError: a name that cannot be the name of a folder in --data.
+    """
+    groups = {"dev": DEV, "eval": EVAL, "all": DEV + EVAL}
+    machines = []
+    for name in names:
+        if not re.fullmatch(r"[^/\\+]+", name) or name.startswith("."):
+            raise ValueError(f"--machine {name!r}: a machine is the name of a folder in --data")
+        machines += groups.get(name, [name])
+    return list(dict.fromkeys(machines))
 
 
 # WAV files
 
-# scipy warns of chunks that it skips (LIST, bext, ...); what would harm us is checked below
-# instead.
+# scipy warns of chunks that it skips (LIST, bext, ...); what would harm us is checked below.
 warnings.filterwarnings("ignore", category=wavfile.WavFileWarning)
+OTHER_FORMATS = {b"ID3": "MP3", b"\xff\xfb": "MP3", b"\xff\xf3": "MP3", b"fLaC": "FLAC",
+                 b"OggS": "Ogg"}  # fmt: skip
 
 
 class WholeBytes(io.BytesIO):
-    """Bytes that do not end in the middle of a read: of a truncated clip scipy would return what is
-    left."""
+    """Bytes that do not end within a read: of a truncated clip scipy would return what is left."""
 
     def read(self, size=-1):
         content = super().read(size)
@@ -323,114 +360,198 @@ class WholeBytes(io.BytesIO):
         return content
 
 
-def read_samples(path: str | Path) -> tuple[int, np.ndarray]:
-    """(sample rate, samples (n,) or (n, channels)) of a WAV file. ValueError (naming it): it cannot
-    be used."""
+def read_samples(path: str | Path) -> tuple[Tensor, int]:
+    """Samples (n, channels) float32 in [-1, 1] and their rate. ValueError: see read_wav.
+
+    PCM of 8 to 64 bit, float, EXTENSIBLE, RF64 and RIFX can be read.
+    """
     try:
         content = Path(path).read_bytes()
+        for start, name in OTHER_FORMATS.items():
+            if content.startswith(start):
+                raise ValueError(f"is a file of another format, {name}; convert it to WAV")
         rate, samples = wavfile.read(WholeBytes(content))
-        samples = samples.astype(samples.dtype.newbyteorder("="))  # RIFX is big-endian
-        order = ">" if content[:4] == b"RIFX" else "<"
-        channels, block, bits = struct.unpack_from(
-            order + "2xH8xHH", content, content.find(b"fmt ") + 8
-        )
-        if block != channels * -(
-            -bits // 8
-        ):  # readers disagree on where in its bytes such a sample sits
-            raise ValueError(
-                f"{bits}-bit samples in {block / channels:g} bytes each; convert it to 16-bit PCM"
-            )
-        if samples.size == 0:
-            raise ValueError("no samples")
-        if samples.dtype.kind == "f" and not np.isfinite(samples).all():
-            raise ValueError("samples that are not finite (NaN or infinity)")
-        if (
-            samples.dtype.kind == "f" and (peak := np.abs(samples).max()) > 8
-        ):  # a little over 1 is normal
-            raise ValueError(
-                f"float samples up to {peak:g} instead of 1; divide them by their full scale"
-            )
-        # The resampling filter has about (rate / divisor) · (16000 / divisor) weights: 70,560 from
-        # 44.1 kHz, 256 million from 16,001 Hz.
-        if rate < 1000 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > 10_000_000:
-            raise ValueError(
-                f"a sample rate of {rate} Hz cannot be converted to 16 kHz; resample the file yourself"
-            )
-        return rate, samples
+        check_format(content, rate, samples)
     except OSError as error:
         raise ValueError(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise ValueError(f"{path}: {error}") from error
-    except (
-        TypeError,
-        ArithmeticError,
-        NameError,
-        struct.error,
-    ) as error:  # scipy's, on some damaged headers
+    except (TypeError, ArithmeticError, NameError, struct.error) as error:  # scipy's, if damaged
         raise ValueError(f"{path}: a damaged or incomplete header") from error
+    zero, full = 0, 1
+    if samples.dtype.kind == "u":  # 8-bit WAV is the unsigned one
+        zero, full = 128, 128
+    elif samples.dtype.kind == "i":
+        full = -float(np.iinfo(samples.dtype).min)
+    samples = (samples.reshape(len(samples), -1).astype(np.float32) - zero) / np.float32(full)
+    return torch.from_numpy(samples), rate
 
 
-def read_wav(path: str | Path) -> Tensor:
-    """As decode, float32 always. What can be read: PCM of 8 to 64 bit, float, EXTENSIBLE, RF64,
-    RIFX."""
-    return to_float(decode(path))
+def check_format(content: bytes, rate: int, samples: np.ndarray) -> None:
+    """ValueError: samples that could be misread, or that are no sound."""
+    order = ">" if content[:4] == b"RIFX" else "<"
+    fmt = content.find(b"fmt ") + 8
+    channels, block, bits = struct.unpack_from(order + "2xH8xHH", content, fmt)
+    if block != channels * -(-bits // 8):  # readers disagree on where in its bytes a sample sits
+        size = f"{bits}-bit samples in {block / channels:g} bytes each"
+        raise ValueError(f"{size}; convert it to 16-bit PCM")
+    if samples.size == 0:
+        raise ValueError("no samples")
+    if samples.dtype.kind == "f":
+        if not np.isfinite(samples).all():
+            raise ValueError("samples that are not finite (NaN or infinity)")
+        if (peak := np.abs(samples).max()) > 8:  # a little over 1 is normal
+            raise ValueError(
+                f"float samples up to {peak:g}, not 1; divide them by their full scale"
+            )
+    # The resampling filter has about (rate / divisor) · (16000 / divisor) weights: 70,560 from
+    # 44.1 kHz, 256 million from 16,001 Hz.
+    if rate < 1000 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > 10_000_000:
+        raise ValueError(f"{rate} Hz cannot be converted to 16 kHz; resample the file yourself")
 
 
-def check_clips(clips: list[Clip]) -> list[int]:
-    """Decode every clip once, before any long work; -> their lengths in samples at 16 kHz.
+class Recording(NamedTuple):
+    """What a look at a clip tells before any long work; score.py keeps these beside embeddings."""
+
+    n_samples: int  # at 16 kHz
+    level: float  # dB: 0 is a square wave at full scale
+    clipped: float  # share of the samples that are at full scale
+    silent: float  # share of its 10 ms that stay below -80 dB
+
+
+def look_at(path: Path) -> Recording:
+    """Decode a clip. ValueError: it cannot be used."""
+    wave = read_wav(path)
+    if len(wave) < FRAME:
+        raise ValueError(f"{path}: shorter than one frame of 25 ms")
+    level = 10 * math.log10(wave.square().mean().item() + 1e-12)
+    clipped = (wave.abs() >= 0.999).float().mean().item()
+    peaks = wave[: len(wave) // HOP * HOP].view(-1, HOP).abs().amax(dim=1)
+    return Recording(len(wave), level, clipped, (peaks < 1e-4).float().mean().item())
+
+
+def check_clips(clips: list[Clip]) -> list[Recording]:
+    """Decode every clip once, before any long work.
 
     ValueError: lists every clip that cannot be used (the first ten, and how many).
     """
 
-    def length(clip: Clip) -> int | str:
+    def look(clip: Clip) -> Recording | str:
         try:
-            n_samples = len(decode(clip.path))
+            return look_at(clip.path)
         except ValueError as error:
             return str(error)
-        return n_samples if n_samples >= FRAME else f"{clip.path}: shorter than one frame of 25 ms"
 
     with ThreadPoolExecutor() as pool:
-        lengths = list(progress(pool.map(length, clips), "checking", len(clips)))
-    if bad := [reason for reason in lengths if isinstance(reason, str)]:
-        more = f"; and {len(bad) - 10} more" if len(bad) > 10 else ""
-        listed = "; ".join(bad[:10])
+        found = list(progress(pool.map(look, clips), "checking", len(clips)))
+    if bad := [reason for reason in found if isinstance(reason, str)]:
+        what = f"{len(bad)} of {len(clips)} clips cannot be used (mend or remove them)"
+        raise ValueError(f"{what}: {first_ten(bad, '; ')}")
+    return found
+
+
+def first_ten(items: list, separator: str = ", ") -> str:
+    more = f"{separator}and {len(items) - 10:,} more" if len(items) > 10 else ""
+    return separator.join(map(str, items[:10])) + more
+
+
+# Labels
+
+
+def read_csv(path: Path, number: type) -> dict[str, float]:
+    """A two-column CSV file without header -> {name: number}. ValueError: a wrong or double row."""
+    rows = {}
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        for line, row in enumerate(csv.reader(file), 1):
+            try:
+                name, text = row
+                value = number(text)
+            except ValueError as error:
+                what = f"{','.join(row)!r} is not name,{number.__name__}"
+                raise ValueError(f"{path}, line {line}: {what}") from error
+            if name in rows or not math.isfinite(value):
+                what = "stands there twice" if name in rows else f"has the value {value}"
+                raise ValueError(f"{path}, line {line}: {name} {what}")
+            rows[name] = value
+    return rows
+
+
+def read_01(path: Path, names: list[str]) -> list[bool]:
+    """0 or 1 for each of `names`, from a CSV file that has exactly these names, in any order."""
+    table = read_csv(path, int)
+    if missing := [name for name in names if name not in table]:
+        raise ValueError(f"{path} has no row for {len(missing)} clips: {first_ten(missing)}")
+    if unknown := sorted(table.keys() - set(names)):
         raise ValueError(
-            f"{len(bad)} of {len(clips)} clips cannot be used (mend or remove them): {listed}{more}"
+            f"{path} has {len(unknown)} rows that were not scored: {first_ten(unknown)}"
         )
-    return lengths
+    if wrong := [name for name in names if table[name] not in (0, 1)]:
+        raise ValueError(f"{path}: {wrong[0]} is {table[wrong[0]]}, not 0 or 1")
+    return [bool(table[name]) for name in names]
+
+
+def read_own_labels(path: Path, names: list[str]) -> list[bool | None]:
+    """As people write them: a header, semicolons, spaces, names without .wav, only some clips.
+
+    -> is_anomaly of each of `names`, None where the file says nothing. ValueError: a line that
+    cannot be understood, a clip twice, no line for any of the clips.
+    """
+    known = {name: name for name in names} | {Path(name).stem: name for name in names}
+    labels = {}
+    with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
+        text = file.read()
+    delimiter = ";" if text.count(";") > text.count(",") else ","
+    rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
+    for row in rows:
+        if not any(map(str.strip, row)):
+            continue
+        # A name that holds the delimiter and stands without quotes is still all but the last field.
+        name, label = delimiter.join(row[:-1]).strip(), row[-1].strip()
+        if label not in ("0", "1"):
+            if rows.line_num == 1 and name not in known:
+                continue  # a header
+            example = f"{names[0]}{delimiter}1 for an anomaly, 0 for a normal clip"
+            what = f"{delimiter.join(row)!r} is no label"
+            raise ValueError(f"{path}, line {rows.line_num}: {what}; a right line is {example}")
+        name = known.get(name, name)
+        if name in labels:
+            raise ValueError(f"{path}, line {rows.line_num}: {name} stands there twice")
+        labels[name] = label == "1"
+    if not labels.keys() & set(names):
+        raise ValueError(f"{path} names none of the test clips; a right line is {names[0]},1")
+    return [labels.get(name) for name in names]
+
+
+def labels_of(machine: str, names: list[str], root: Path) -> tuple[list[bool | None], list[bool]]:
+    """(is_anomaly, is_target) of the test clips called `names`.
+
+    From the names; for one's own from root/machine/labels.csv; for the evaluation machines from
+    root/ground_truth. None: not known. A clip without a domain counts as source.
+    ValueError: something is wrong with one of the files.
+    """
+    clips = [parse_clip(Path(machine, "test", name)) for name in names]
+    is_anomaly = [clip.is_anomaly for clip in clips]
+    is_target = [clip.domain == "target" for clip in clips]
+    own = root / machine / "labels.csv"
+    file = f"ground_truth_{machine}_section_00_test.csv"
+    paths = [root / "ground_truth" / f"ground_truth_{kind}" / file for kind in ("data", "domain")]
+    if None in is_anomaly and own.exists():
+        named = read_own_labels(own, names)
+        is_anomaly = [a if a is not None else b for a, b in zip(is_anomaly, named)]
+    elif None in is_anomaly and are_the_challenges(names) and all(path.exists() for path in paths):
+        is_anomaly, is_target = (read_01(path, names) for path in paths)
+    return is_anomaly, is_target
 
 
 # What the commands share
 
-DEV = ["ToyCar", "ToyTrain", "bearing", "fan", "gearbox", "slider", "valve"]
-EVAL = ["ToyDrone", "ToyNscale", "ToyTank", "Vacuum", "bandsaw", "grinder", "shaker"]
-PLACES = {
-    "run",
-    "data",
-    "weights",
-    "workers",
-    "device",
-    "compile",
-}  # train.py's arguments that change no result
+# train.py's arguments that change no result. Which kind of device it was does: see `precision`.
+PLACES = {"run", "data", "weights", "workers", "device", "compile", "micro_batch"}
 
 
-def machine_names(names: list[str]) -> list[str]:
-    """The machines meant by --machine: dev, eval and all are expanded, doubles dropped, the order
-    kept.
-
-    ValueError: a name that cannot be the name of a folder in --data.
-    """
-    groups = {"dev": DEV, "eval": EVAL, "all": DEV + EVAL}
-    for name in names:
-        if not re.fullmatch(r"[^/\\+]+", name) or name.startswith("."):
-            raise ValueError(f"--machine {name!r}: a machine is the name of a folder in --data")
-    return list(dict.fromkeys(machine for name in names for machine in groups.get(name, [name])))
-
-
-def default_run(names: list[str], pretrained: bool = False) -> Path:
-    """Where a run of these --machine names is unless --run says otherwise: runs/fan,
-    runs/pretrained-fan, ..."""
-    return Path("runs") / ("pretrained-" * pretrained + "+".join(names))
+def default_run(names: list[str], pretrained: str = "") -> Path:
+    """Where a run of these --machine names is by default: runs/fan, runs/pretrained-fan, ..."""
+    return Path("runs") / (pretrained + "+".join(names))
 
 
 def next_command(script: str, names: list[str], run: str | Path) -> str:
@@ -439,58 +560,79 @@ def next_command(script: str, names: list[str], run: str | Path) -> str:
     return f"python {script} --machine {shlex.join(names)}{elsewhere}"
 
 
-def make_loader(clips: list["Clip"], batches: list, workers: int, device: torch.device):
-    """Yields what `collate` makes of each batch, a list of (clip index, first sample)."""
+def make_loader(clips, windows, batch_size: int, workers: int, device: torch.device):
+    """Yields what `collate` makes of batches of windows: (index of the clip, first sample) each."""
     return torch.utils.data.DataLoader(
         Windows(clips),
-        batch_sampler=batches,
+        batch_size,
+        sampler=windows,
         num_workers=workers,
-        # One batch in waiting for each: 4 x 10 MB of shared memory. Docker gives a container 64 MB.
+        persistent_workers=workers > 0,
+        # A batch in waiting for each worker: 2 x 21 MB of shared memory. Docker gives 64 MB.
         prefetch_factor=1 if workers else None,
         collate_fn=collate,
         pin_memory=device.type == "cuda",
+        generator=torch.Generator(),  # so that it draws nothing from the one that training uses
     )
 
 
-def make_parser(prog: str, about: str) -> argparse.ArgumentParser:
-    """A line a flag in -h; an error is one line, without the list of all flags before it."""
+class Parser(argparse.ArgumentParser):
+    """A line a flag in -h; an error is one line, with the nearest right flag."""
 
-    def wide(prog: str) -> argparse.HelpFormatter:
-        return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118)
+    def __init__(self, prog: str, about: str):
+        def wide(prog: str) -> argparse.HelpFormatter:
+            return argparse.RawDescriptionHelpFormatter(prog, max_help_position=34, width=118)
 
-    return argparse.ArgumentParser(
-        prog, argparse.SUPPRESS, about, allow_abbrev=False, formatter_class=wide
-    )
+        super().__init__(prog, argparse.SUPPRESS, about, allow_abbrev=False, formatter_class=wide)
+
+    def error(self, message: str):
+        if unknown := re.search(r"unrecognized arguments:.*?(--[\w-]+)", message):
+            message += did_you_mean(unknown[1], list(self._option_string_actions))
+        super().error(message)
 
 
+NO_MEMORY = (
+    "the GPU's memory is too small; halve train.py's --micro-batch or score.py's --batch-size"
+)
+NO_COMPILER = (
+    "--compile needs a C++ compiler; install one (apt install g++), or leave --compile out"
+)
 WORKER_KILLED = (
-    "a process that reads WAV files was killed, mostly for want of shared memory; give the container more "
-    "(docker run --shm-size=1g), or read without such processes: --workers 0"
+    "a process that reads WAV files was killed, mostly for want of shared memory; give the "
+    "container more (docker run --shm-size=1g), or read without such processes: --workers 0"
 )
 
 
 @contextmanager
-def one_line_errors(
-    parser: argparse.ArgumentParser, interrupted: str = "the same command continues from here"
-):
-    """What a user can mend ends in one line and exit status 2; Ctrl-C in 130; anything else is a
-    bug of ours."""
+def one_line_errors(parser: Parser, interrupted: str = "the same command continues from here"):
+    """What a user can mend ends in one line and exit status 2, Ctrl-C in 130, a bug in a traceback.
+
+    With the environment variable ASD_TRACEBACK=1 the traceback is printed before any such line.
+    """
     try:
         yield
     except KeyboardInterrupt:
         parser.exit(130, f"\n{parser.prog}: interrupted; {interrupted}\n")
-    except torch.OutOfMemoryError:
-        parser.error(
-            "the GPU's memory is too small for this --batch-size; halve it (train.py: double --accumulate)"
-        )
-    except (ValueError, OSError) as error:
-        parser.error(
-            str(error).strip().splitlines()[-1]
-        )  # of a DataLoader worker's traceback, the line that is ours
-    except RuntimeError as error:
-        if not re.match(r"DataLoader worker .* (killed|exited)", str(error)):
+    except Exception as error:
+        message = what_to_do(error)
+        if message is None:
             raise
-        parser.error(WORKER_KILLED)
+        if os.environ.get("ASD_TRACEBACK"):
+            traceback.print_exc()
+        parser.error(message)
+
+
+def what_to_do(error: Exception) -> str | None:
+    """The one line for an error that a user can mend; None for a bug."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return NO_MEMORY
+    if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):
+        return NO_COMPILER
+    if isinstance(error, ValueError | OSError):
+        return str(error).strip().splitlines()[-1]  # of a worker's traceback, the line that is ours
+    if re.match(r"DataLoader worker .* (killed|exited)", str(error)):
+        return WORKER_KILLED
+    return None
 
 
 def progress(items, what: str, total: int, unit: str = "clips"):
@@ -502,10 +644,12 @@ def progress(items, what: str, total: int, unit: str = "clips"):
 
 @contextmanager
 def whole_file(path: str | Path):
-    """A file to write to that replaces `path` when it is complete: whole or not at all, whatever
-    happens."""
+    """A file to write to that replaces `path` when it is complete: whole or not at all.
+
+    OSError: it cannot be written, for whatever reason; the old file is as it was.
+    """
     path = Path(path)
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f"{path.name[:200]}.{uuid.uuid4().hex[:8]}.part")
     try:
         with part.open("wb") as file:
             yield file
@@ -514,10 +658,10 @@ def whole_file(path: str | Path):
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                f"cannot write {path}: {error.strerror}; the file is as it was before"
-            ) from error
+        # PyTorch's writer makes a RuntimeError of a disk that is full.
+        if isinstance(error, OSError) or "PytorchStreamWriter failed" in str(error):
+            why = getattr(error, "strerror", None) or "is the disk full?"
+            raise OSError(f"cannot write {path}: {why}; the file is as it was before") from error
         raise
 
 
@@ -527,13 +671,14 @@ def write_file(path: str | Path, content: bytes) -> None:
 
 
 def write_csv(path: str | Path, rows: list) -> None:
-    """A CSV file as the challenge wants it: fields quoted where they must be, \\n at the end of
-    each line."""
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_file(
-        path, text.getvalue().encode("utf-8", "surrogateescape")
-    )  # any name that a file can have
+    """A CSV file as the challenge wants it: quotes only where they are needed, \\n ends a line."""
+
+    def field(value: object) -> str:
+        text = str(value)
+        return '"' + text.replace('"', '""') + '"' if re.search('[",\r\n]', text) else text
+
+    text = "".join(",".join(map(field, row)) + "\n" for row in rows)
+    write_file(path, text.encode("utf-8", "surrogateescape"))  # any name that a file can have
 
 
 def read_json(path: str | Path) -> dict:
@@ -543,21 +688,18 @@ def read_json(path: str | Path) -> dict:
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except ValueError as error:
-        raise ValueError(
-            f"{path} is damaged ({error}); restore it, or delete its folder"
-        ) from error
+        raise ValueError(f"{path} is damaged ({error}); restore or delete its folder") from error
 
 
 def make_run_folder(run: Path) -> None:
     """OSError: it cannot be made or written to."""
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "writable.part").touch()
-        (run / "writable.part").unlink()
+        with tempfile.TemporaryFile(dir=run):
+            pass
     except OSError as error:
-        raise OSError(
-            f"cannot use {run} as a run folder ({error.strerror}); name another with --run"
-        ) from error
+        why = f"cannot use {run} as a run folder ({error.strerror})"
+        raise OSError(f"{why}; name another with --run") from error
 
 
 def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
@@ -602,7 +744,8 @@ ARCHIVES |= {
     m: [(7830345, f"eval_data_{m}_train", ["train"]), (7860847, f"eval_data_{m}_test", ["test"])]
     for m in EVAL
 }
-AGENT = "asd-lora/1.0 (reference implementation of arXiv 2409.07016)"  # Zenodo refuses default library agents
+# Zenodo refuses the default agents of libraries, and recommends name/version (URL).
+AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"
 
 
 def open_url(url: str, start: int = 0) -> http.client.HTTPResponse:
@@ -615,12 +758,11 @@ def open_url(url: str, start: int = 0) -> http.client.HTTPResponse:
         except urllib.error.HTTPError as error:
             if not left or (error.code != 429 and error.code < 500):
                 raise
-            after = error.headers.get("Retry-After", "5")  # seconds, or a date
+            usual = "60" if error.code == 429 else "5"
+            after = error.headers.get("Retry-After", usual)  # seconds, or a date
             wait = min(60, int(after)) if after.isdigit() else 60
-            print(
-                f"{url}: the server answers {error.code} {error.reason}; trying again in {wait} s",
-                file=sys.stderr,
-            )
+            busy = f"{url}: the server answers {error.code} {error.reason}"
+            print(f"{busy}; trying again in {wait} s", file=sys.stderr)
             time.sleep(wait)
 
 
@@ -640,18 +782,17 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
         return
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)
-    by_hand = f"open {url} in a browser and put the file at {path}; `python tests/demo.py` needs no download"
+    by_hand = f"open {url} in a browser and put the file at {path}"
+    by_hand += "; `python tests/demo.py` needs no download"
     try:
         download_rest(url, part)
     except urllib.error.HTTPError as error:
-        raise OSError(
-            f"the server refuses {url} ({error.code} {error.reason}): {by_hand}"
-        ) from error
+        refused = f"the server refuses {url} ({error.code} {error.reason})"
+        raise OSError(f"{refused}: {by_hand}") from error
     except (OSError, http.client.HTTPException) as error:
         reason = getattr(error, "reason", error)
-        raise OSError(
-            f"cannot fetch {url} ({reason}); repeat the command to continue, or {by_hand}"
-        ) from error
+        broken = f"cannot fetch {url} ({reason}); repeat the command to continue"
+        raise OSError(f"{broken}, or {by_hand}") from error
     if problem := what_is_wrong(part, algorithm, digest):
         part.unlink()
         raise ValueError(f"what came from {url} {problem}: try again, or {by_hand}")
@@ -678,14 +819,8 @@ def download_rest(url: str, part: Path) -> None:
         if response.status != 206:  # the server ignores Range and sends everything
             done = 0
         total = done + int(response.headers.get("Content-Length", 0))
-        bar = tqdm(
-            desc=part.stem,
-            total=total or None,
-            initial=done,
-            unit="B",
-            unit_scale=True,
-            disable=None,
-        )
+        options = {"unit": "B", "unit_scale": True, "disable": None}
+        bar = tqdm(desc=part.stem, total=total or None, initial=done, **options)
         with part.open("ab" if done else "wb") as file, bar:
             while block := response.read(1 << 20):
                 file.write(block)
@@ -695,31 +830,28 @@ def download_rest(url: str, part: Path) -> None:
 
 
 def unpack(archive: Path, machine: str, root: Path, splits: list[str]) -> None:
-    """Move what a zip file has below `<machine>/` into root; each folder arrives whole or not at
-    all.
+    """Move what a zip file has below `<machine>/` into root; each folder arrives whole or not.
 
-    zipfile keeps every member inside its folder and makes no links. ValueError: not a whole zip
-    file of the machine.
+    zipfile keeps every member inside its folder and makes no links.
+    ValueError: not a whole zip file of the machine.
     """
     part = root / f".{archive.stem}.part"
     shutil.rmtree(part, ignore_errors=True)
     try:
         with zipfile.ZipFile(archive) as file:
-            file.extractall(
-                part, [name for name in file.namelist() if name.startswith(f"{machine}/")]
-            )
-        if lacking := [split for split in splits if not (part / machine / split).is_dir()]:
-            raise ValueError(f"{archive} has no folder {machine}/{lacking[0]}")
+            wanted = [name for name in file.namelist() if name.startswith(f"{machine}/")]
+            file.extractall(part, wanted)
+        for split in splits:
+            if not (part / machine / split).is_dir():
+                raise ValueError(f"{archive} has no folder {machine}/{split}")
         (root / machine).mkdir(exist_ok=True)
         for source in (part / machine).iterdir():
-            if not (
-                root / machine / source.name
-            ).exists():  # an evaluation machine's two archives share a file
-                source.rename(root / machine / source.name)
+            target = root / machine / source.name
+            if not target.exists():  # an evaluation machine's two archives share a file
+                source.rename(target)
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, EOFError, zlib.error) as error:
-        raise ValueError(
-            f"{archive} cannot be unpacked ({error}); delete it and try again"
-        ) from error
+        broken = f"{archive} cannot be unpacked ({error})"
+        raise ValueError(f"{broken}; delete it and try again") from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -728,14 +860,17 @@ def fetch(machine: str, root: str | Path) -> None:
     """Download, verify and unpack what is missing of one DCASE2023 machine (a few hundred MB).
 
     For an evaluation machine also the ground truth that its file names do not tell.
+    ValueError: its folder holds files of other names than the challenge's.
     """
     root = Path(root)
+    if is_own(root, machine):
+        own = f"{root / machine} holds recordings of other names than the challenge's"
+        raise ValueError(f"{own}; nothing is fetched into it: rename the folder")
     for record, name, splits in ARCHIVES[machine]:
         if not all((root / machine / split).is_dir() for split in splits):
             archive = root / f"{name}.zip"
-            download(
-                f"{ZENODO}/{record}/files/{name}.zip?download=1", archive, "md5", ARCHIVE_MD5[name]
-            )
+            url = f"{ZENODO}/{record}/files/{name}.zip?download=1"
+            download(url, archive, "md5", ARCHIVE_MD5[name])
             unpack(archive, machine, root, splits)
             archive.unlink()
     for kind in ("data", "domain") if machine in EVAL else ():
@@ -743,43 +878,42 @@ def fetch(machine: str, root: str | Path) -> None:
         download(f"{GROUND_TRUTH}/{file}", root / "ground_truth" / file)
 
 
-def prepare(machines: list[str], root: str | Path, split: str) -> None:
-    """Fetch the DCASE2023 machines of which `root` does not hold that split yet; the others must be
-    there.
+def prepare(machines: list[str], root: str | Path, splits: list[str]) -> None:
+    """Fetch the DCASE2023 machines of which `root` does not hold those splits yet.
 
-    One's own come first: a misspelt name is reported before anything is fetched. Errors: see
-    list_clips, fetch.
+    One's own machines must be there, and come first: a misspelt name is reported before anything
+    is fetched. Errors: see list_clips, fetch.
     """
     for machine in sorted(machines, key=lambda machine: machine in ARCHIVES):
-        folder = Path(root) / machine / split
-        if machine in ARCHIVES and not folder.is_dir() and not (folder.parent / machine).is_dir():
-            print(f"{folder} is missing: fetching {machine}")
-            fetch(machine, root)
-        list_clips(root, machine, split)
+        for split in splits:
+            folder = Path(root) / machine / split
+            nested = folder.parent / machine
+            if machine in ARCHIVES and not (folder.is_dir() or nested.is_dir()):
+                if not is_own(root, machine):
+                    print(f"{folder} is missing: fetching {machine}")
+                    fetch(machine, root)
+            list_clips(root, machine, split)
+            if others := files_in(folder, OTHER_AUDIO):
+                names = first_ten([path.name for path in others])
+                print(f"note: {len(others)} files in {folder} are left out, no WAV: {names}")
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch, verify and unpack machines of DCASE2023 Task 2: python data.py --machine fan"
-    parser = make_parser("data.py", about)
-    parser.add_argument(
-        "--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all"
-    )
-    parser.add_argument(
-        "--data", default="data", metavar="DIR", help="where to (default: %(default)s)"
-    )
+    parser = Parser("data.py", about)
+    add = parser.add_argument
+    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
+    add("--data", default="data", metavar="DIR", help="where to (default: %(default)s)")
     args = parser.parse_args(argv)
     with one_line_errors(parser):
         for machine in machine_names(args.machine):
             if machine not in ARCHIVES:
-                near = difflib.get_close_matches(machine, ARCHIVES, n=1)
-                raise ValueError(
-                    f"no machine {machine!r}" + (f"; did you mean {near[0]!r}?" if near else "")
-                )
+                raise ValueError(f"no machine {machine!r}{did_you_mean(machine, list(ARCHIVES))}")
             fetch(machine, args.data)
-            n_train, n_test = (
-                len(list_clips(args.data, machine, split)) for split in ("train", "test")
-            )
-            print(f"{args.data}/{machine}: {n_train:,} training clips, {n_test:,} test clips")
+            counts = []
+            for split in ("train", "test"):
+                counts.append(len(list_clips(args.data, machine, split)))
+            print(f"{args.data}/{machine}: {counts[0]:,} training clips, {counts[1]:,} test clips")
 
 
 if __name__ == "__main__":

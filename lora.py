@@ -1,17 +1,15 @@
-"""LoRA: fine-tune a frozen linear layer through a low-rank update (Hu et al. 2021, arXiv
-2106.09685).
+"""LoRA: tune a frozen linear layer through a low-rank update (Hu et al. 2021, arXiv 2106.09685).
 
-    y = x Wᵀ + b + alpha/rank · dropout(x) Aᵀ Bᵀ          (their equation 3)
+    y = x Wᵀ + b + alpha/rank · dropout(x) Aᵀ Bᵀ
 
     x (..., in)      input             W (out, in), b (out)   pre-trained, frozen
     A (rank, in)     trained           B (out, rank)          trained, starts at zero
 
+This is their equation 3 with the scaling of their section 4.1 and the dropout of their code.
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
-Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing at
-inference.
+Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing afterwards.
 
-Nothing here knows about audio. train.py adapts the layers of backbone.py: add_lora(ast, ["q", "v"],
-64, 64)
+Nothing here knows about audio. train.py adapts the AST: add_lora(ast, ["q", "v"], 64, alpha=64)
 """
 
 import math
@@ -25,10 +23,10 @@ class LoRALinear(nn.Module):
     """The equation above around one `nn.Linear`, which is frozen and kept as `base`.
 
     rank     r >= 1; the update has rank · (in + out) weights instead of in · out
-    alpha    the update is scaled by alpha/rank, so that another rank needs no other learning rate
+    alpha    the update is scaled by alpha/rank, which is meant to spare retuning at another rank
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
-    forward: x (..., in) -> (..., out). ValueError: one of them out of range.
+    forward: x (..., in) -> (..., out). ValueError: one of them is out of range.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -44,78 +42,80 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). A must be (rank, in) for that: of
-        # a transposed A it would take rank for the fan-in and be far too wide.
+        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). A must be (rank, in) for that:
+        # of a transposed A it would take rank for the fan-in and be far too wide.
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
+        down = F.linear(self.dropout(x), self.A)  # (..., rank)
         # alpha/rank multiplies the small B, not the large output: same product, one pass less.
-        return self.base(x) + F.linear(F.linear(self.dropout(x), self.A), self.scaling * self.B)
+        return self.base(x) + F.linear(down, self.scaling * self.B)
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A new, ordinary layer with W + alpha/rank · B A, summed in float32. This layer is
-        unchanged."""
-        out_features, in_features = self.base.weight.shape
-        device, dtype = self.base.weight.device, self.base.weight.dtype
-        layer = nn.Linear(in_features, out_features, self.base.bias is not None, device, dtype)
-        layer.weight.copy_(
-            self.base.weight.float() + self.scaling * (self.B.float() @ self.A.float())
-        )
-        if self.base.bias is not None:
-            layer.bias.copy_(self.base.bias)
+        """A new, ordinary layer with W + alpha/rank · B A, summed in float32."""
+        W, bias = self.base.weight, self.base.bias
+        out_features, in_features = W.shape
+        layer = nn.Linear(in_features, out_features, bias is not None, W.device, W.dtype)
+        layer.weight.copy_(W.float() + self.scaling * (self.B.float() @ self.A.float()))
+        if bias is not None:
+            layer.bias.copy_(bias)
         return layer
 
 
-def add_lora(model: nn.Module, targets: list[str], rank: int, alpha: float, dropout: float = 0.0,
-             layers: list[int] | None = None) -> None:  # fmt: skip
+def add_lora(
+    model: nn.Module,
+    targets: list[str],
+    rank: int,
+    alpha: float,
+    dropout: float = 0.0,
+    layers: list[int] | None = None,
+) -> None:
     """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place.
 
     targets  names of the layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   indices into model.blocks, None for all
 
     ValueError: a layer that does not exist, a target that names no linear layer, or one that is
-    wrapped already; nothing has been changed then.
+    wrapped already. Nothing has been changed then.
     """
     depth = len(model.blocks)
     layers = range(depth) if layers is None else sorted(set(layers))
     if not layers or not targets:
         raise ValueError("LoRA needs at least one layer and one target")
-    if missing := [index for index in layers if not 0 <= index < depth]:
-        raise ValueError(
-            f"LoRA layer {missing[0]} does not exist: this model has layers 0-{depth - 1}"
-        )
-    found = [
-        (parent, name, child)
-        for index in layers
-        for parent in model.blocks[index].modules()
-        for name, child in parent.named_children()
-        if name in targets and isinstance(child, nn.Linear | LoRALinear)
-    ]
-    if unknown := sorted(set(targets) - {name for _, name, _ in found}):
-        raise ValueError(f"LoRA target {unknown[0]!r} names no linear layer of a block")
+    found = []
+    for index in layers:
+        if not 0 <= index < depth:
+            raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
+        for parent in model.blocks[index].modules():
+            for name, child in parent.named_children():
+                if name in targets and isinstance(child, nn.Linear | LoRALinear):
+                    found.append((parent, name, child))
+
+    names = [name for _, name, _ in found]
+    for target in targets:
+        if target not in names:
+            raise ValueError(f"LoRA target {target!r} names no linear layer of a block")
     if any(isinstance(child, LoRALinear) for _, _, child in found):
         raise ValueError("these layers have LoRA already: merge_lora first")
-    adapted = [LoRALinear(child, rank, alpha, dropout) for _, _, child in found]
-    for (parent, name, _), layer in zip(found, adapted, strict=True):
-        setattr(parent, name, layer)
+
+    for parent, name, child in found:
+        setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Replace every LoRALinear inside `model` by its merged layer, in place; without any, do
-    nothing."""
+    """Replace every LoRALinear inside `model` by its merged layer, in place."""
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
             if isinstance(child, LoRALinear):
                 setattr(parent, name, child.merged())
 
 
-# -------------------------------------------- plumbing: nothing below is in the paper
+# ---------------------------------------------- plumbing: not needed to follow the method
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained is what requires a gradient: {"ast.blocks.0.attn.q.A": (rank, in), ...}, and
-    nothing else."""
+    """What was trained is what requires a gradient: {"ast.blocks.0.attn.q.A": (rank, in), ...}."""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
@@ -124,21 +124,21 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy it into a model that was prepared in the same way.
 
     ValueError: other layers, targets or parts were trained (the names differ), or another rank or
-    size (the shapes differ); nothing has been changed then.
+    size (the shapes differ). Nothing has been changed then.
     """
-    own = trained_state(model)
-    if names := sorted(own.keys() ^ state.keys()):
-        raise ValueError(
-            f"something else was trained: {len(names)} names differ, {names[0]} for one"
-        )
-    if names := [name for name in own if own[name].shape != state[name].shape]:
-        shapes = f"{tuple(state[names[0]].shape)}, not {tuple(own[names[0]].shape)}"
-        raise ValueError(f"another rank or size was trained: {names[0]} is {shapes}")
-    for name, tensor in own.items():
+    trained = trained_state(model)
+    if names := sorted(trained.keys() ^ state.keys()):
+        differ = f"{len(names)} names differ, {names[0]} for one"
+        raise ValueError(f"something else was trained: {differ}")
+    for name, tensor in trained.items():
+        if tensor.shape != state[name].shape:
+            shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
+            raise ValueError(f"another rank or size was trained: {name} is {shapes}")
+    for name, tensor in trained.items():
         tensor.copy_(state[name])
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, total) numbers of weights."""
-    sizes = [(parameter.numel(), parameter.requires_grad) for parameter in model.parameters()]
-    return sum(size for size, trainable in sizes if trainable), sum(size for size, _ in sizes)
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    return trainable, sum(p.numel() for p in model.parameters())

@@ -1,30 +1,30 @@
 """Score: how far is a test clip from the nearest normal training clip of its machine?
 
-    d(x, y) = 1 - e_x · e_y                    cosine distance of unit-length embeddings
-    score(x) = mean of the k smallest d(x, y) over the bank of training clips y          (k = 1)
-    decision(x) = score(x) > 90th percentile of the training clips' own scores
+    d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
+    score(x) = mean of the k smallest d(x, y) over the bank y of training windows        (k = 1)
 
-The trained model's adapters are merged, then: embed -> anomaly_scores -> decide. A training clip is
-its own nearest neighbour, so its own score leaves itself out. Distances differ between the many
-source and the few target clips; --normalize corrects for it:
+A clip is cut into windows of 1024 frames, one for 10 s. Each is scored by itself, and the clip's
+score is that of its most anomalous window. A clip is called anomalous if its score is above the
+90th percentile of the training clips' own scores, each of which leaves out its own windows.
 
-    none      one bank of all training clips, no correction
-    test      a bank per domain, (score - μ) / σ with μ, σ of the test clips' scores, the smaller of the two:
-              TRANSDUCTIVE, scores and threshold look at the whole test set (the lab's released RMIS back-end)
-    train     the same with μ, σ of the bank's own leave-one-out scores (ours: needs no test clips)
-    density   one bank, d(x, y) / ρ(y), ρ(y) = mean distance of y to its 4 nearest in the bank
-              (Wilkinghoff et al. 2025, arXiv 2509.10951)
+Distances differ between the many source and the few target clips. --normalize corrects for it:
+
+    none      one bank of all training windows, no correction
+    test      a bank for each domain, scores less their mean μ and divided by their deviation σ, and
+              the smaller of the two. μ and σ are those of the test scores, so this is TRANSDUCTIVE:
+              every score depends on the whole test set (the lab's released RMIS back-end)
+    train     the same with μ and σ of the bank's own scores (ours: it needs no test clips)
+    density   one bank, d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest
+              neighbours in the bank (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
 
-writes into the run folder the challenge's CSV files, and of each test clip the nearest training
-clip.
+writes the challenge's CSV files into the run folder, and report_fan.csv for people.
 """
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 import data
 from backbone import Embedder
@@ -33,115 +33,77 @@ from data import Clip, spectrogram, window_starts
 DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end (k_ref_normalize)
 
 
-# Embeddings
-
-
 @torch.inference_mode()
 def embed(
     model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int = 0
-) -> np.ndarray:
-    """(len(clips), D) of unit length; a clip longer than 1024 frames is the mean of its windows,
-    rescaled.
+):
+    """Embed all windows of all clips, of `lengths` samples, in the order of the clips.
 
-    lengths: of the clips in samples. In float32 on every device: bf16 would move distances by up to
-    3 %.
+    Yields for each batch the windows' clip indices (B,) and embeddings (B, D) of unit length, in
+    float32 on every device.
     """
     model.eval()
     device = model.ast.pos_embed.device
-    windows = [
-        [(index, start) for start in window_starts(n_samples)]
-        for index, n_samples in enumerate(lengths)
-    ]
-    at_once = max(
-        1, batch_size // max(map(len, windows))
-    )  # a clip's windows stay in one batch: it is read once
-    batches = [
-        [w for clip in windows[i : i + at_once] for w in clip]
-        for i in range(0, len(clips), at_once)
-    ]
-    loader = data.make_loader(clips, batches, workers, device)
-    of_window = []
-    for waves, n_samples, _ in data.progress(
-        loader, f"embedding {clips[0].machine}", len(batches), "batches"
-    ):
-        x = spectrogram(waves.to(device, non_blocking=True), n_samples.to(device))
-        of_window.append(model(x).cpu())  # (B, D)
-    index = torch.tensor([index for batch in batches for index, _ in batch])
-    of_clip = torch.zeros(len(clips), of_window[0].shape[1]).index_add(
-        0, index, torch.cat(of_window)
-    )
-    return F.normalize(of_clip, dim=1).numpy()
+    windows = []
+    for index, n_samples in enumerate(lengths):
+        for start in window_starts(n_samples):
+            windows.append((index, start))
+
+    for waves, n_samples, index in data.make_loader(clips, windows, batch_size, workers, device):
+        x = spectrogram(waves.to(device), n_samples.to(device))  # (B, 1024, 128)
+        yield index.numpy(), model(x).cpu().numpy()
 
 
-# Nearest neighbours
+def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
+    d = x @ -y.T  # the rest in place, since d may be large
+    d += 1
+    return d.clip(min=0, out=d)  # rounding may go below 0
 
 
-def nearest(queries: np.ndarray, bank: np.ndarray, k: int = 1, density: np.ndarray | None = None,
-            own: np.ndarray | None = None) -> np.ndarray:  # fmt: skip
-    """Mean of the k smallest distances of each query to the bank: rows of unit length (m, D), (n,
-    D) -> (m,).
+def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
+    """Mean of the k smallest distances in each row: (m, n) -> (m,).
 
-    density (n,): d(x, y) is divided by density[y]
-    own (m,): the row of the bank that is query i itself and is left out; -1 for none
-    ValueError: fewer than k clips to choose from.
+    ValueError: a row has fewer than k that are finite.
     """
-    alone = own is not None and (own >= 0).any()
-    if len(bank) - alone < k:
-        raise ValueError(
-            f"{k} nearest neighbours need at least {k + alone} training clips, not {len(bank)}"
-        )
-    scores = []
-    for i in range(0, len(queries), 1000):  # in chunks: 100,000 clips need no 100,000² matrix
-        d = (1 - queries[i : i + 1000] @ bank.T).clip(min=0)  # (chunk, n); rounding may go below 0
-        if density is not None:
-            d /= density
-        if own is not None:
-            rows = np.flatnonzero(own[i : i + 1000] >= 0)
-            d[rows, own[i : i + 1000][rows]] = np.inf
-        scores.append(np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1))
-    return np.concatenate(scores)
+    others = np.isfinite(d).sum(axis=1).min()
+    if others < k:
+        raise ValueError(f"{k} nearest neighbours need {k} other training clips, not {others}")
+    return np.array([np.partition(row, k - 1)[:k].mean() for row in d])
 
 
-def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None], k: int, normalize: str,
-                   smote_ratio: float) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """One machine: train (n, D), test (m, D) -> test scores (m,), training scores (n,) each with
-    itself left out.
+def anomaly_scores(
+    train: np.ndarray,
+    test: np.ndarray,
+    clip: np.ndarray,
+    domain: np.ndarray,
+    k: int,
+    normalize: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Score the windows of one machine's test clips, and those of its training clips.
 
-    domains: of each training clip. smote_ratio: fill the target clips up to this share of the
-    source clips, with unit-length points on the lines between them; 0 = off. A training clip is
-    compared with the other real clips only: a synthetic one may be made from itself. ValueError:
-    too few clips for what is asked.
+    train (n, D) and test (m, D) are embeddings; clip (n,) and domain (n,) tell of each training
+    window which clip it is from, and whether that is "source", "target" or None.
+    Returns the scores of the test windows (m,) and of the training windows (n,).
+    ValueError: too few clips for what is asked.
     """
-    n, domains = len(train), np.array(domains, object)
-    synthetic = train[:0]
-    if smote_ratio:
-        is_target = domains == "target"
-        wanted = int(smote_ratio * (domains == "source").sum()) - is_target.sum()
-        synthetic = smote(train[is_target], max(0, wanted))
+    d_test, d_train = distances(test, train), distances(train, train)  # (m, n), (n, n)
+    d_train[clip[:, None] == clip] = np.inf  # no training clip is its own neighbour
 
+    if normalize == "density":
+        density = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); 0 would be equal clips
+        d_test /= density
+        d_train /= density
     if normalize in ("none", "density"):
-        bank, density = np.concatenate([train, synthetic]), np.ones(n + len(synthetic), np.float32)
-        if normalize == "density":
-            density = nearest(bank, bank, DENSITY_K, own=np.arange(len(bank))).clip(
-                min=1e-6
-            )  # 0 for copies
-        return nearest(test, bank, k, density), nearest(
-            train, train, k, density[:n], own=np.arange(n)
-        )
+        return nearest(d_test, k), nearest(d_train, k)
 
     of_test, of_train = [], []
-    for domain in ("source", "target", None):
-        members = np.flatnonzero(domains == domain)
-        if len(members) == 0:
-            continue  # a domain without clips has no bank
-        real = train[members]
-        own = np.full(n, -1)
-        own[members] = np.arange(len(members))
-        test_scores = nearest(
-            test, np.concatenate([real, synthetic]) if domain == "target" else real, k
-        )
-        train_scores = nearest(train, real, k, own=own)
-        reference = train_scores[members] if normalize == "train" else test_scores
+    for name in ("source", "target", None):
+        bank = domain == name  # (n,) bool, the bank's columns
+        if not bank.any():
+            continue
+        test_scores, train_scores = nearest(d_test[:, bank], k), nearest(d_train[:, bank], k)
+        reference = test_scores if normalize == "test" else train_scores[bank]
         mean, std = reference.mean(), reference.std()
         if std < 1e-9:
             few = f"{len(reference)} scores of a domain do not vary; too few clips"
@@ -151,83 +113,71 @@ def anomaly_scores(train: np.ndarray, test: np.ndarray, domains: list[str | None
     return np.min(of_test, axis=0), np.min(of_train, axis=0)
 
 
-def decide(scores: np.ndarray, train_scores: np.ndarray) -> tuple[np.ndarray, float]:
-    """-> (decisions (m,) bool, threshold): above the 90th percentile of the training clips' own
-    scores.
+def most_anomalous(scores: np.ndarray, clip: np.ndarray) -> np.ndarray:
+    """The window of each clip that has its highest score: scores (m,), clip (m,) -> (clips,)."""
+    best = {}
+    for window, index in enumerate(clip.tolist()):
+        if index not in best or scores[window] > scores[best[index]]:
+            best[index] = window
+    return np.array(list(best.values()))
 
-    A trained model has heard those clips, and draws them together: the threshold is low, and more
-    than one in ten of the normal clips that it has not heard exceed it.
+
+def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
+    """Decisions (m,) bool, and the threshold: a percentile of the training clips' own scores.
+
+    A trained model has heard those clips and draws them together, so more of the normal clips that
+    it has not heard exceed the threshold than the percentile says.
     """
-    threshold = np.percentile(train_scores, 90)
+    threshold = np.percentile(train_scores, percentile)
     return scores > threshold, threshold
 
 
-# -------------------------------------------- plumbing: nothing below is in the paper
+# ---------------------------------------------- plumbing: not needed to follow the method
 
 import argparse
 import importlib.util
 import json
+import os
 import shlex
 import sys
+import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 from scipy.ndimage import uniform_filter1d
-from sklearn.neighbors import NearestNeighbors
+from tqdm import tqdm
 
 import backbone
 import train
 from backbone import load_ast
-from data import FFT, HOP, N_MELS, SAMPLE_RATE, list_clips, log_mel, mel_filters
+from data import FFT, HOP, N_MELS, SAMPLE_RATE, Recording, list_clips, log_mel, mel_filters
 from lora import merge_lora
-
-# Synthetic clips, off by default
-
-SMOTE_NEIGHBOURS = 2  # as in ASDKit
-
-
-def smote(target: np.ndarray, count: int, seed: int = 0) -> np.ndarray:
-    """Synthetic rows between target clips (n, D): x + u (x' - x), u uniform on [0, 1), -> (count,
-    D) of unit length.
-
-    x is any row, x' one of the 2 nearest others (Chawla et al. 2002, arXiv 1106.1813). ValueError:
-    fewer than 3 clips.
-    """
-    if len(target) <= SMOTE_NEIGHBOURS:
-        raise ValueError(
-            f"--smote needs at least {SMOTE_NEIGHBOURS + 1} target training clips, not {len(target)}"
-        )
-    random = np.random.default_rng(seed)
-    near = (
-        NearestNeighbors(n_neighbors=SMOTE_NEIGHBOURS).fit(target).kneighbors(return_distance=False)
-    )  # (n, 2)
-    x = random.integers(len(target), size=count)
-    other = near[x, random.integers(SMOTE_NEIGHBOURS, size=count)]
-    rows = target[x] + random.random((count, 1), dtype=np.float32) * (target[other] - target[x])
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
 
 # Embeddings that are kept
 
-
-def file_id(clip: Clip) -> str:
-    """What tells whether a clip is still the one that was embedded: its name, size and time of
-    change."""
-    stat = clip.path.stat()
-    return f"{clip.split}/{clip.path.name} {stat.st_size} {stat.st_mtime_ns}"
+KEEP_WINDOWS, KEEP_SECONDS = 4096, 120  # after so many, what has been embedded is written
 
 
-def read_kept(path: Path, model_id: str) -> dict[str, np.ndarray]:
-    """file_id -> embedding (D,). ValueError: the file is damaged, or of another model."""
+class Kept(NamedTuple):
+    """What is kept of a clip, under the checksum of its file's content."""
+
+    recording: Recording
+    rows: np.ndarray  # (windows, D)
+
+
+def read_kept(path: Path, model_id: str) -> dict[str, Kept]:
+    """ValueError: the file is damaged, or of another model."""
     if not path.exists():
         return {}
     try:
         with np.load(path) as stored:
-            found, kept = (
-                str(stored["model"]),
-                dict(zip(stored["files"].tolist(), stored["embeddings"], strict=True)),
-            )
-    except (ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+            found, digests = str(stored["model"]), stored["digests"].tolist()
+            recordings = [Recording(int(n), *more) for n, *more in stored["recordings"].tolist()]
+            rows = np.split(stored["rows"], np.cumsum(stored["windows"])[:-1])
+        kept = {digest: Kept(*two) for digest, *two in zip(digests, recordings, rows, strict=True)}
+    except (ValueError, KeyError, EOFError, TypeError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} is damaged; delete it") from error
     if found != model_id:
         other = f"{path} comes from another model ({found}, not {model_id})"
@@ -235,160 +185,336 @@ def read_kept(path: Path, model_id: str) -> dict[str, np.ndarray]:
     return kept
 
 
-def embed_machines(machines: list[str], model: Embedder, model_id: str, args: argparse.Namespace):
-    """Yields each machine's training clips, then test clips, and their embeddings (n, D) in that
-    order.
+def write_kept(path: Path, model_id: str, kept: dict[str, Kept]) -> None:
+    clips = kept.values()
+    with data.whole_file(path) as file:
+        np.savez(
+            file,
+            model=model_id,
+            digests=list(kept),
+            recordings=[clip.recording for clip in clips],
+            windows=[len(clip.rows) for clip in clips],
+            rows=np.concatenate([clip.rows for clip in clips]),
+        )
 
-    Kept ones where there are some; all other clips of all machines are checked before the first is
-    embedded. ValueError: clips that cannot be used, an embeddings file that is damaged or of
-    another model.
+
+class Machine:
+    """One machine's clips by the checksum of their content, and what is kept of them."""
+
+    def __init__(self, name: str, model_id: str, args: argparse.Namespace):
+        """ValueError: an embeddings file that is damaged or of another model."""
+        self.name, self.model_id, self.args = name, model_id, args
+        self.file = args.run / f"embeddings_{name}.npz"
+        self.kept = read_kept(self.file, model_id)
+        self.tests = list_clips(args.data, name, "test")
+        clips = list_clips(args.data, name, "train") + self.tests
+        with ThreadPoolExecutor() as pool:
+            digests = pool.map(lambda clip: data.file_digest(clip.path), clips)
+            digests = list(data.progress(digests, f"reading {name}", len(clips)))
+
+        # Of copies among the training clips the first stands for all.
+        self.train, self.copies = {}, []
+        n_train = len(clips) - len(self.tests)
+        for digest, clip in zip(digests[:n_train], clips):
+            first = self.train.setdefault(digest, clip)
+            if first is not clip:
+                self.copies.append(f"{clip.path.name} = {first.path.name}")
+        self.test_digests = digests[n_train:]
+        self.new = {d: clip for d, clip in zip(digests, clips) if d not in self.kept}
+
+    def embed(self, model: Embedder, recordings: list[Recording]) -> None:
+        """Embed the new clips. What is done is written now and then, and at the end."""
+        digests, lengths = list(self.new), [recording.n_samples for recording in recordings]
+        counts = [len(window_starts(n_samples)) for n_samples in lengths]
+        clips, args = list(self.new.values()), self.args
+        begun = written = time.monotonic()
+        unwritten, rows = 0, []
+        with tqdm(total=sum(counts), desc=self.name, unit=" windows", disable=None) as bar:
+            for index, found in embed(model, clips, lengths, args.batch_size, args.workers):
+                for i, row in zip(index.tolist(), found):
+                    rows.append(row)
+                    if len(rows) == counts[i]:  # the windows of a clip follow each other
+                        self.kept[digests[i]] = Kept(recordings[i], np.stack(rows))
+                        rows = []
+                bar.update(len(found))
+                unwritten += len(found)
+                late = time.monotonic() - written > KEEP_SECONDS
+                if self.kept and (unwritten >= KEEP_WINDOWS or late):
+                    write_kept(self.file, self.model_id, self.kept)
+                    unwritten, written = 0, time.monotonic()
+        rate = sum(counts) / (time.monotonic() - begun)
+        print(f"{self.name}: embedded {sum(counts):,} windows, {rate:.1f} a second")
+        current = [*self.train, *self.test_digests]
+        self.kept = {digest: self.kept[digest] for digest in dict.fromkeys(current)}
+        write_kept(self.file, self.model_id, self.kept)
+
+
+def embed_machines(machines: list[Machine], model: Embedder):
+    """Yields each machine when all of its clips are embedded.
+
+    All clips of all machines are checked before the first is embedded.
+    ValueError: clips that cannot be used.
     """
-    clips = {
-        m: [clip for split in ("train", "test") for clip in list_clips(args.data, m, split)]
-        for m in machines
-    }
-    ids = {clip: file_id(clip) for m in machines for clip in clips[m]}
-    kept = {m: read_kept(args.run / f"embeddings_{m}.npz", model_id) for m in machines}
-    new = {m: [clip for clip in clips[m] if ids[clip] not in kept[m]] for m in machines}
-    unchecked = [clip for m in machines for clip in new[m]]
-    lengths = dict(zip(unchecked, data.check_clips(unchecked), strict=True))
-    data.make_run_folder(args.run)
-    for m in machines:
-        if new[m]:
-            made = embed(
-                model, new[m], [lengths[clip] for clip in new[m]], args.batch_size, args.workers
-            )
-            kept[m] |= {ids[clip]: row for clip, row in zip(new[m], made, strict=True)}
-        rows = np.stack([kept[m][ids[clip]] for clip in clips[m]])
-        if new[m]:
-            with data.whole_file(args.run / f"embeddings_{m}.npz") as file:
-                np.savez(
-                    file, model=model_id, files=[ids[clip] for clip in clips[m]], embeddings=rows
-                )
-        yield clips[m], rows
+    unchecked = []
+    for machine in machines:
+        unchecked += machine.new.values()
+    recordings = data.check_clips(unchecked)
+    for machine in machines:
+        mine, recordings = recordings[: len(machine.new)], recordings[len(machine.new) :]
+        if machine.new:
+            machine.embed(model, mine)
+        yield machine
 
 
-# Files
+# What is said before scoring
 
 
-def score_machine(
-    clips: list[Clip], rows: np.ndarray, model_id: str, args: argparse.Namespace
-) -> None:
-    """Score one machine and write its files."""
-    run, machine, n = args.run, clips[0].machine, sum(clip.split == "train" for clip in clips)
-    names, domains = [clip.path.name for clip in clips], [clip.domain for clip in clips[:n]]
+def say(machine: Machine) -> None:
+    """What would decide in silence: copies, and clips unlike the training clips."""
+
+    def note(what: str, found: list[str]) -> None:
+        if found:
+            names = data.first_ten(found)
+            print(f"note: {machine.name}: {len(found)} {what}: {names}")
+
+    note("training clips are copies of others and count once", machine.copies)
+    train = [machine.kept[digest].recording for digest in machine.train]
+    tests = [machine.kept[digest].recording for digest in machine.test_digests]
+    for what, measure, slack in MEASURES:
+        values = [measure(recording) for recording in train]
+        low, high = min(values), max(values)
+        outside = []
+        for clip, recording in zip(machine.tests, tests):
+            value = measure(recording)
+            one_sided = "%" in what  # to be clipped or silent less often is no reason
+            if value > high + slack or (value < low - slack and not one_sided):
+                outside.append(f"{clip.path.name} ({value:.3g})")
+        note(
+            f"test clips are unlike all training clips in {what} ({low:.3g} to {high:.3g})", outside
+        )
+        if what in UNEQUAL and high - low > UNEQUAL[what]:
+            unequal = f"training clips are unequal in {what}: {low:.3g} to {high:.3g}"
+            print(f"note: {machine.name}: {unequal}; record them alike")
+
+
+# what is measured, how, and how far beyond the training clips a test clip may lie
+MEASURES = [
+    (
+        "seconds of a window that they fill",
+        lambda r: min(r.n_samples, data.WINDOW) / SAMPLE_RATE,
+        0.1,
+    ),
+    ("level in dB", lambda r: r.level, 3.0),
+    ("% of clipped samples", lambda r: 100 * r.clipped, 0.1),
+    ("% of silence", lambda r: 100 * r.silent, 5.0),
+]
+UNEQUAL = {"seconds of a window that they fill": 0.1, "level in dB": 25.0}
+
+
+# Scores and files
+
+
+class Rows(NamedTuple):
+    """All windows of some clips: embeddings (m, D), clip index (m,), first sample (m,)."""
+
+    embeddings: np.ndarray
+    clip: np.ndarray
+    start: np.ndarray
+
+
+def stack(kept: list[Kept]) -> Rows:
+    clip = np.repeat(np.arange(len(kept)), [len(one.rows) for one in kept])
+    starts = [window_starts(one.recording.n_samples) for one in kept]
+    return Rows(np.concatenate([one.rows for one in kept]), clip, np.concatenate(starts))
+
+
+class Verdict(NamedTuple):
+    """What is found of one test clip; the nearest training clip is by plain distance."""
+
+    clip: Clip
+    score: float
+    alarm: bool
+    start: int  # first sample of the most anomalous window
+    nearest: Clip
+    nearest_start: int
+    distance: float
+
+
+def judge(machine: Machine) -> tuple[list[Verdict], np.ndarray, float]:
+    """-> (a verdict for each test clip, the training clips' own scores, the threshold)."""
+    args, bank = machine.args, list(machine.train.values())
+    train = stack([machine.kept[digest] for digest in machine.train])
+    test = stack([machine.kept[digest] for digest in machine.test_digests])
+    domain = np.array([bank[i].domain for i in train.clip], object)
     try:
-        scores, train_scores = anomaly_scores(
-            rows[:n], rows[n:], domains, args.k, args.normalize, args.smote
+        of_test, of_train = anomaly_scores(
+            train.embeddings, test.embeddings, train.clip, domain, args.k, args.normalize
         )
     except ValueError as error:
-        raise ValueError(f"{machine}: {error}") from error
-    decisions, threshold = decide(scores, train_scores)
+        raise ValueError(f"{machine.name}: {error}") from error
+    at = most_anomalous(of_test, test.clip)
+    train_scores = of_train[most_anomalous(of_train, train.clip)]
+    decisions, threshold = decide(of_test[at], train_scores, args.percentile)
+
+    d = distances(test.embeddings[at], train.embeddings)  # (clips, n)
+    near = d.argmin(axis=1)
+    verdicts = []
+    for i, clip in enumerate(machine.tests):
+        there = near[i]
+        found = (of_test[at[i]].item(), bool(decisions[i]), test.start[at[i]].item())
+        nearest_clip = bank[train.clip[there]]
+        verdicts.append(
+            Verdict(clip, *found, nearest_clip, train.start[there].item(), d[i, there].item())
+        )
+    return verdicts, train_scores, threshold
+
+
+REPORT = ["test_clip", "score", "threshold", "alarm", "nearest_training_clip", "distance",
+          "at_seconds"]  # fmt: skip
+
+
+def score_machine(machine: Machine) -> None:
+    """Score one machine and write its files; what it does not make anew is removed."""
+    run, name, args = machine.args.run, machine.name, machine.args
+    say(machine)
+    verdicts, train_scores, threshold = judge(machine)
 
     # evaluate.py prints beside the numbers how they were made; until the new ones are whole, it is
-    # told nothing
-    how_scored = run / f"scoring_{machine}.json"
-    how_scored.unlink(missing_ok=True)
-    for kind, values in (
-        ("anomaly_score", scores.tolist()),
-        ("decision_result", decisions.astype(int)),
-    ):
-        data.write_csv(
-            run / f"{kind}_{machine}_section_00_test.csv", list(zip(names[n:], values, strict=True))
+    # told nothing.
+    how_scored = run / f"scoring_{name}.json"
+    for old in (how_scored, run / f"{name}.png", run / "metrics.csv"):
+        old.unlink(missing_ok=True)
+    scores = [(v.clip.path.name, v.score) for v in verdicts]
+    decisions = [(v.clip.path.name, int(v.alarm)) for v in verdicts]
+    data.write_csv(run / f"anomaly_score_{name}_section_00_test.csv", scores)
+    data.write_csv(run / f"decision_result_{name}_section_00_test.csv", decisions)
+    highest = sorted(verdicts, key=lambda v: -v.score)
+    table = [REPORT]
+    for v in highest:
+        near, at_seconds = v.nearest.path.name, round(v.start / SAMPLE_RATE, 2)
+        table.append(
+            (v.clip.path.name, v.score, threshold, int(v.alarm), near, v.distance, at_seconds)
         )
-    similarity = rows[n:] @ rows[:n].T
-    near = similarity.argmax(
-        axis=1
-    )  # real clips only, by plain distance, however the score was made
-    table = zip(names[n:], [names[i] for i in near], 1 - similarity.max(axis=1), strict=True)
-    data.write_csv(
-        run / f"nearest_{machine}.csv", [("test_clip", "nearest_training_clip", "distance"), *table]
-    )
-    how = {
-        "model": model_id.split()[0],
-        "normalize": args.normalize,
-        "k": args.k,
-        "smote": args.smote,
-    }
-    data.write_file(how_scored, json.dumps(how | {"data": str(args.data)}).encode())
+    data.write_csv(run / f"report_{name}.csv", table)
+    how = {"model": machine.model_id.split()[0], "normalize": args.normalize, "k": args.k}
+    how |= {"percentile": args.percentile, "data": str(args.data)}
+    data.write_file(how_scored, json.dumps(how).encode())
 
+    domains = [clip.domain for clip in machine.train.values()]
     counts = ", ".join(f"{domains.count(d)} {d}" for d in ("source", "target") if d in domains)
-    print(f"{machine}: {len(scores)} test clips against {n} training clips" + f" ({counts})" * bool(counts)
-          + f"; {decisions.sum()} above the threshold of {threshold:.4g}")  # fmt: skip
+    n_alarms = sum(v.alarm for v in verdicts)
+    print(f"{name}: {len(verdicts)} test clips against {len(domains)} training clips"
+          + f" ({counts})" * bool(counts)
+          + f"; {n_alarms} above the threshold of {threshold:.4g}")  # fmt: skip
+    print(f"  {'score':>8}  {'at':>6}  the ten highest, and the nearest training clip of each")
+    for v in highest[:10]:
+        seconds, names = v.start / SAMPLE_RATE, f"{v.clip.path.name} | {v.nearest.path.name}"
+        print(f"  {v.score:8.4g}  {seconds:4.0f} s  {'ALARM' if v.alarm else '     '} {names}")
     if args.plot:
-        plot(run / f"{machine}.png", clips[n:], scores, threshold, [clips[i] for i in near])
+        plot(run / f"{name}.png", machine, verdicts, train_scores, threshold)
 
 
-def decibels(clip: Clip) -> np.ndarray:
-    """Log-mel (T, 128) in dB."""
-    return 10 / np.log(10) * log_mel(data.read_wav(clip.path)[None])[0].numpy()
+# The picture
+
+
+def spectrum(clip: Clip, start: int) -> np.ndarray:
+    """Log-mel (T, 128) of a window, in dB."""
+    wave = data.read_wav(clip.path)[start : start + data.WINDOW]
+    return 10 / np.log(10) * log_mel(wave[None])[0].numpy()
+
+
+def drawn(verdicts: list[Verdict], labels: list[bool | None]) -> dict[str, Verdict]:
+    """What is drawn, by its heading: the three highest, the worst miss, the worst false alarm."""
+    order = sorted(range(len(verdicts)), key=lambda i: -verdicts[i].score)
+    found = {f"no. {place}": i for place, i in enumerate(order[:3], 1)}
+    misses = [i for i in order if labels[i] is True and not verdicts[i].alarm]
+    false_alarms = [i for i in order if labels[i] is False and verdicts[i].alarm]
+    for heading, candidates in (
+        ("worst miss", misses[-1:]),
+        ("worst false alarm", false_alarms[:1]),
+    ):
+        for i in candidates:
+            if i not in found.values():
+                found[heading] = i
+    return {heading: verdicts[i] for heading, i in found.items()}
 
 
 def plot(
-    path: Path, clips: list[Clip], scores: np.ndarray, threshold: float, neighbours: list[Clip]
+    path: Path, machine: Machine, verdicts, train_scores: np.ndarray, threshold: float
 ) -> None:
-    """All scores, and for the three highest: the clip, its nearest training clip, and where it is
-    louder."""
+    """All scores; of some clips the spectrum, that of the nearest training clip, the difference."""
     from matplotlib.figure import Figure  # optional: see requirements.txt
 
-    order, shown = scores.argsort(kind="stable"), min(3, len(clips))
-    figure = Figure(figsize=(14, 3.4 + 2.4 * shown), layout="constrained")
-    grid = figure.add_gridspec(1 + shown, 3, height_ratios=[1.3] + [1] * shown)
+    def readable(clip: Clip) -> str:
+        return os.fsencode(clip.path.name).decode("utf-8", "replace")
+
+    names = [v.clip.path.name for v in verdicts]
+    labels, _ = data.labels_of(machine.name, names, Path(machine.args.data))
+    rows = drawn(verdicts, labels)
+    figure = Figure(figsize=(14, 3.4 + 2.4 * len(rows)), layout="constrained")
+    grid = figure.add_gridspec(1 + len(rows), 3, height_ratios=[1.3] + [1] * len(rows))
     top = figure.add_subplot(grid[0, :])
-    kinds = [clip.domain or "test clip" for clip in clips]
-    if all(clip.is_anomaly is not None for clip in clips):
-        kinds = ["labelled anomaly" if clip.is_anomaly else "labelled normal" for clip in clips]
-    for kind, colour in zip(
-        sorted(set(kinds), reverse=True), ("tab:green", "tab:orange"), strict=False
-    ):
-        ranks = [rank for rank, i in enumerate(order) if kinds[i] == kind]
-        top.plot(
-            ranks,
-            scores[order[ranks]],
-            "o",
-            markersize=4,
-            color=colour,
-            label=f"{kind} ({len(ranks)})",
-        )
-    above = (scores > threshold).sum()
-    top.axhline(
-        threshold,
-        color="black",
-        linestyle="--",
-        label=f"threshold {threshold:.3g}: {above} clips lie above",
+
+    # Training clips in grey, spread over the width; test clips in order, coloured by label.
+    order = sorted(range(len(verdicts)), key=lambda i: verdicts[i].score)
+    spread = np.linspace(0, max(1, len(order) - 1), len(train_scores))
+    label = f"training clips, each without itself ({len(train_scores)})"
+    top.plot(spread, np.sort(train_scores), ".", color="silver", markersize=3, label=label)
+    kinds = {None: ("test clips", "tab:blue"), False: ("labelled normal", "tab:green"),
+             True: ("labelled anomaly", "tab:orange")}  # fmt: skip
+    for kind, (what, colour) in kinds.items():
+        ranks = [rank for rank, i in enumerate(order) if labels[i] is kind]
+        if ranks:
+            values = [verdicts[order[rank]].score for rank in ranks]
+            label = f"{what} ({len(ranks)})"
+            top.plot(ranks, values, "o", markersize=4, color=colour, label=label)
+    above = sum(v.alarm for v in verdicts)
+    label = f"threshold {threshold:.3g}: {above} clips lie above"
+    top.axhline(threshold, color="black", linestyle="--", label=label)
+    for heading, v in rows.items():
+        xy = (order.index(verdicts.index(v)), v.score)
+        top.annotate(heading, xy, (0, 6), textcoords="offset points", fontsize=8, ha="center")
+    title = (
+        f"{machine.name}: {len(verdicts)} test clips by anomaly score; those named are drawn below"
     )
-    for place in range(1, shown + 1):
-        xy = (len(order) - place, scores[order[-place]])
-        top.annotate(str(place), xy, (0, 6), textcoords="offset points", fontsize=8, ha="center")
-    top.set(title=f"{clips[0].machine}: {len(clips)} test clips by anomaly score; 1 to {shown} are drawn below",
-            ylabel="distance to normal")  # fmt: skip
+    top.set_title(title, parse_math=False)
+    top.set_ylabel("distance to normal")
     top.legend(loc="upper left")
 
     hz = np.array([250, 500, 1000, 2000, 4000, 7500])
-    bins = (
-        mel_filters(torch.device("cpu"))[hz * FFT // SAMPLE_RATE].argmax(dim=1).numpy()
-    )  # where each is heard most
-    pairs = [(decibels(clips[i]), decibels(neighbours[i])) for i in order[::-1][:shown]]
+    filters = mel_filters(torch.device("cpu"))
+    bins = filters[hz * FFT // SAMPLE_RATE].argmax(dim=1).numpy()  # where each is heard most
+    pairs = []
+    for v in rows.values():
+        pairs.append((spectrum(v.clip, v.start), spectrum(v.nearest, v.nearest_start)))
     every = np.concatenate([x for pair in pairs for x in pair])
     loudness = {
         "vmin": np.percentile(every, 2),
         "vmax": np.percentile(every, 99.9),
         "cmap": "magma",
     }
-    for row, (i, (clip, near)) in enumerate(zip(order[::-1], pairs, strict=False), 1):
-        n = min(len(clip), len(near))
-        smooth = uniform_filter1d(clip[:n] - near[:n], 50, axis=0, mode="nearest")
-        names = (f"no. {row}, score {scores[i]:.3g}\n{clips[i].path.name}",
-                 f"its nearest normal training clip\n{neighbours[i].path.name}",
-                 "difference, over 0.5 s\nred: louder than that clip, blue: quieter")  # fmt: skip
-        for column, (x, name) in enumerate(zip((clip, near, smooth), names, strict=True)):
+    louder = {"vmin": -20, "vmax": 20, "cmap": "RdBu_r"}
+    for row, ((heading, v), (x, near)) in enumerate(zip(rows.items(), pairs), 1):
+        n = min(len(x), len(near))
+        difference = uniform_filter1d(x[:n] - near[:n], 50, axis=0, mode="nearest")
+        at = v.start / SAMPLE_RATE
+        panels = [
+            (x, loudness, f"{heading}, score {v.score:.3g}, from {at:.1f} s\n{readable(v.clip)}"),
+            (near, loudness, f"its nearest normal training clip\n{readable(v.nearest)}"),
+            (
+                difference,
+                louder,
+                "difference, over 0.5 s\nred: louder than that clip, blue: quieter",
+            ),
+        ]
+        for column, (values, scale, title) in enumerate(panels):
             axes = figure.add_subplot(grid[row, column])
-            scale = loudness if column < 2 else {"vmin": -20, "vmax": 20, "cmap": "RdBu_r"}
-            extent = (0, len(x) * HOP / SAMPLE_RATE, -0.5, N_MELS - 0.5)
-            image = axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, **scale)
-            axes.set_title(name, fontsize=7.5)
-            axes.set(yticks=bins, yticklabels=hz / 1000, ylabel="kHz (mel scale)" if column == 0 else None,
-                     xlabel="seconds" if row == shown else None)  # fmt: skip
+            extent = (0, len(values) * HOP / SAMPLE_RATE, -0.5, N_MELS - 0.5)
+            image = axes.imshow(values.T, origin="lower", aspect="auto", extent=extent, **scale)
+            axes.set_title(title, fontsize=7.5, parse_math=False)
+            axes.set_yticks(bins, hz / 1000)
+            axes.set_ylabel("kHz (mel scale)" if column == 0 else None)
+            axes.set_xlabel("seconds" if row == len(rows) else None)
             if column:
                 figure.colorbar(image, label="dB", extend="both")
     with data.whole_file(path) as file:
@@ -397,75 +523,95 @@ def plot(
 
 # The command line
 
-BACK_ENDS = ["none", "train", "test", "density"]
 
-
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> data.Parser:
     about = """Score test clips by their distance to normal training clips.
 
   python score.py --machine fan                  with the model that train.py left in runs/fan
   python score.py --machine pump --pretrained    with the AST as it is: no training, no labels"""
-    parser = data.make_parser("score.py", about)
+    parser = data.Parser("score.py", about)
     # fmt: off
     add = parser.add_argument_group("what is scored").add_argument
-    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all; of the run's")
-    add("--data", metavar="DIR", help="holds <machine>/{train,test}/*.wav (the run's; data with --pretrained)")
-    add("--run", metavar="DIR", help="the run folder, read and written (runs/<names>, runs/pretrained-<names>)")
-    add("--weights", metavar="FILE", help=f"the AST's public weights (the run's; {backbone.WEIGHTS} with --pretrained)")
-    add("--pretrained", action="store_true", help="the AST as it is: mean of its class tokens, no run needed")
+    add("--machine", nargs="+", required=True, metavar="NAME",
+        help="names, or dev, eval, all; of the run's")
+    add("--data", metavar="DIR", help="holds <machine>/{train,test}/*.wav (the run's; or data)")
+    add("--run", metavar="DIR",
+        help="the run folder, read and written (runs/<names>, runs/pretrained-<names>)")
+    add("--weights", metavar="FILE", help=f"the AST's weights (the run's; or {backbone.WEIGHTS})")
+    add("--pretrained", action="store_true", help="the AST as it is: no run needed")
+    add("--pooling", choices=["cls", "mean"],
+        help="with --pretrained: mean of the class tokens, or of the patches (cls) [our choice]")
     add = parser.add_argument_group("back-end").add_argument
-    add("--k", type=train.at_least(1), default=1, help="nearest neighbours to average (%(default)s) [same lab]")
-    add("--normalize", default="none", choices=BACK_ENDS, help="see the top of score.py (%(default)s) [same lab]")
-    add("--smote", type=train.at_least(0, float), default=0.0, help="target / source clips to reach (0, off)")
+    add("--k", type=train.at_least(1), default=1,
+        help="nearest neighbours to average (%(default)s) [same lab]")
+    add("--normalize", default="none", choices=["none", "train", "test", "density"],
+        help="see the top of score.py (%(default)s) [same lab]")
+    add("--percentile", type=percentile, default=90.0, metavar="P",
+        help="of the training clips' own scores is the threshold (%(default)s) [our choice]")
     add = parser.add_argument_group("run").add_argument
     train.add_hardware(add)
     add("--batch-size", type=train.at_least(1), default=32, help="windows of 10 s (%(default)s)")
-    add("--plot", action="store_true", help="draw <machine>.png: scores, and what is unusual in the highest three")
+    add("--plot", action="store_true",
+        help="draw <machine>.png: scores, and what is unusual in the highest three")
     # fmt: on
     return parser
 
 
+def percentile(text: str) -> float:
+    value = float(text)
+    if not 0 <= value <= 100:
+        raise argparse.ArgumentTypeError(f"0 to 100, got {text}")
+    return value
+
+
 def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder, str]:
-    """-> (the model, ready to embed; what identifies it). Fills in --data from the run."""
+    """-> (the model, ready to embed; what identifies it). Fills in --data, and prepares it."""
+    both = ["train", "test"]
     if args.pretrained:
         args.data, weights = args.data or "data", args.weights or backbone.WEIGHTS
-        data.prepare(
-            machines, args.data, "train"
-        )  # reports a misspelt name before the weights are fetched
+        data.prepare(machines, args.data, both)  # tells a misspelt name before weights are fetched
         backbone.fetch_weights(weights)
-        model = Embedder(load_ast(weights), pooling="cls", embedding=None)
-        model_id = f"pretrained {data.file_digest(weights)[:12]}"
+        model = Embedder(load_ast(weights), args.pooling, embedding=None)
+        model_id = f"pretrained-{args.pooling} {data.file_digest(weights)[:12]}"
     else:
         model, trained = train.load_run(args.run, args.weights)
-        if untrained := [
-            machine for machine in machines if machine not in data.machine_names(trained.machine)
-        ]:
-            only = f"{args.run} was not trained on {', '.join(untrained)}, only on {' '.join(trained.machine)}"
+        of_run = data.machine_names(trained.machine)
+        if untrained := [machine for machine in machines if machine not in of_run]:
+            names = ", ".join(untrained)
+            only = f"{args.run} was not trained on {names}, only on {' '.join(trained.machine)}"
             raise ValueError(f"{only}; train jointly, or use --pretrained")
         args.data = args.data or trained.data
+        data.prepare(machines, args.data, both)
         model_id = f"adapter {data.file_digest(args.run / 'adapter.pt')[:12]}"
         merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
-    return model.to(args.device).eval(), model_id
+    return model.to(args.device), model_id
 
 
 def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
-    args.run = Path(args.run or data.default_run(args.machine, args.pretrained))
+    prefix = ""
+    if args.pretrained:
+        prefix = "pretrained-mean-" if args.pooling == "mean" else "pretrained-"
+    args.run = Path(args.run or data.default_run(args.machine, prefix))
     args.workers = train.workers_for(args)
-    with data.one_line_errors(
-        parser, f"python score.py {shlex.join(argv)} continues with the next machine"
-    ):
+    again = (
+        f"python score.py {shlex.join(argv)} continues; what was embedded until a few minutes ago"
+    )
+    with data.one_line_errors(parser, f"{again} is kept"):
+        if args.pooling and not args.pretrained:
+            raise ValueError("--pooling goes with --pretrained; a trained run has its own")
+        args.pooling = args.pooling or "cls"
         train.check_device(args.device)
         if args.plot and not importlib.util.find_spec("matplotlib"):
             raise ValueError("--plot needs matplotlib; pip install matplotlib")
-        machines = data.machine_names(args.machine)
-        model, model_id = load_model(args, machines)
-        for split in ("train", "test"):
-            data.prepare(machines, args.data, split)
-        for clips, rows in embed_machines(machines, model, model_id, args):
-            score_machine(clips, rows, model_id, args)
+        names = data.machine_names(args.machine)
+        model, model_id = load_model(args, names)
+        data.make_run_folder(args.run)
+        machines = [Machine(name, model_id, args) for name in names]
+        for machine in embed_machines(machines, model):
+            score_machine(machine)
     if args.normalize == "test":
         print("note: --normalize test is transductive: each score depends on the whole test set")
     print(f"wrote {args.run}; next: {data.next_command('evaluate.py', args.machine, args.run)}")

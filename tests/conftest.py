@@ -16,6 +16,7 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -26,6 +27,7 @@ import demo  # noqa: E402
 
 import backbone  # noqa: E402
 import data  # noqa: E402
+import score  # noqa: E402
 import train  # noqa: E402
 
 REAL = Path(os.environ["ASD_REAL"]).resolve() if "ASD_REAL" in os.environ else None
@@ -44,7 +46,6 @@ def small(tmp_path, monkeypatch):
     monkeypatch.setattr(data, "N_FRAMES", 96)
     monkeypatch.setattr(data, "WINDOW", data.FRAME + 95 * data.HOP)
     monkeypatch.setattr(data.fit_frames, "__defaults__", (96,))
-    monkeypatch.setattr(train, "N_FRAMES", 96)
     monkeypatch.setattr(backbone, "N_FRAMES", 96)
     return tmp_path
 
@@ -59,6 +60,12 @@ def small_machines(*names: str, n_train: int = 7, n_test: int = 1) -> None:
         demo.make_machine("data", name, n_train, n_test, seconds=1.0)
     torch.manual_seed(0)
     train.save(Path("ast.pth"), backbone.AST(dim=64, depth=2, heads=1).state_dict())
+
+
+def embed_all(model, clips: list[data.Clip], batch_size: int = 4) -> np.ndarray:
+    """The embeddings (m, D) of all windows of the clips."""
+    lengths = [recording.n_samples for recording in data.check_clips(clips)]
+    return np.concatenate([rows for _, rows in score.embed(model, clips, lengths, batch_size)])
 
 
 class Server(http.server.ThreadingHTTPServer):

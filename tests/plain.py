@@ -92,38 +92,56 @@ def embedding(
 # ---------------------------------------------------------------- training
 
 
-def train(waves: list[Tensor], labels: list[int], public: dict[str, Tensor], *, tuning: str, epochs: int,
-          batch: int, accumulate: int = 1, seed: int = 0, lr: float, ast_lr: float = 1e-5, warmup: int,
-          rank: int = 4, alpha: float = 6.0, masks: tuple[int, int] = (80, 80), scale: float = 30.0,
-          margin: float = 0.2, weight_decay: float = 0.01):  # fmt: skip
-    """-> (weights of the AST with adapters, head, class centres, [(step, lr, loss, accuracy) an
-    epoch])."""
+def train(
+    waves: list[Tensor],
+    labels: list[int],
+    public: dict[str, Tensor],
+    *,
+    tuning: str,
+    epochs: int,
+    batch: int,
+    seed: int,
+    lr: float,
+    ast_lr: float,
+    warmup: int,
+    rank: int,
+    alpha: float,
+    masks: tuple[int, int],
+    scale: float,
+    margin: float,
+    weight_decay: float,
+):
+    """-> (weights of the AST with adapters, head, class centres, log).
+
+    The log has (step, rate of its last step, mean loss, accuracy) for each epoch.
+    """
     torch.manual_seed(1_000_000 * seed)
     D, E, C, clips = public["norm.weight"].numel(), 256, max(labels) + 1, len(waves)
     w = {name: tensor.clone() for name, tensor in public.items()}
+
+    def uniform(*shape: int, bound: float) -> Tensor:
+        return torch.empty(*shape).uniform_(-bound, bound)
+
     trained = {}
     for i in range(sum(name.endswith("norm1.weight") for name in w)) if tuning == "lora" else ():
         for letter in "qv":
             name = f"blocks.{i}.attn.{letter}"
-            trained[name + ".A"] = torch.empty(rank, D).uniform_(
-                -1 / math.sqrt(D), 1 / math.sqrt(D)
-            )
+            trained[name + ".A"] = uniform(rank, D, bound=1 / math.sqrt(D))
             trained[name + ".B"] = torch.zeros(D, rank)
     if tuning == "full":
         trained |= w
-    sizes = {"pooling.hidden_of_token": (D, 128, True), "pooling.hidden_of_context": (2 * D, 128, False),
-             "pooling.weights": (128, D, True), "linear": (2 * D, E, True)}  # fmt: skip
+    sizes = {
+        "pooling.hidden_of_token": (D, 128, True),
+        "pooling.hidden_of_context": (2 * D, 128, False),
+        "pooling.weights": (128, D, True),
+        "linear": (2 * D, E, True),
+    }
     head = {}
     for name, (fan_in, fan_out, bias) in sizes.items():
-        head[name + ".weight"] = torch.empty(fan_out, fan_in).uniform_(
-            -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in)
-        )
+        head[name + ".weight"] = uniform(fan_out, fan_in, bound=1 / math.sqrt(fan_in))
         if bias:
-            head[name + ".bias"] = torch.empty(fan_out).uniform_(
-                -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in)
-            )
-    bound = math.sqrt(6 / (C + E))
-    centres = torch.empty(C, E).uniform_(-bound, bound)
+            head[name + ".bias"] = uniform(fan_out, bound=1 / math.sqrt(fan_in))
+    centres = uniform(C, E, bound=math.sqrt(6 / (C + E)))
     groups = [
         (list(trained.values()), ast_lr if tuning == "full" else lr),
         ([*head.values(), centres], lr),
@@ -133,51 +151,33 @@ def train(waves: list[Tensor], labels: list[int], public: dict[str, Tensor], *, 
     w |= trained
 
     moments = {}  # of AdamW: parameter -> running means of g and g²
-    per_epoch = math.ceil(math.ceil(clips / batch) / accumulate)
-    ramp = min(warmup, epochs * per_epoch // 10)
+    ramp = min(warmup, epochs * math.ceil(clips / batch) // 10)
     step, log = 0, []
     for epoch in range(1, epochs + 1):
-        generator = torch.Generator().manual_seed(1_000_000 * seed + 2 * epoch)
-        torch.manual_seed(1_000_000 * seed + 2 * epoch + 1)
+        torch.manual_seed(1_000_000 * seed + epoch)
         spare = [max(0, 1 + (len(wave) - 400) // 160 - 1024) for wave in waves]
-        first = [
-            int(u * (n + 1))
-            for u, n in zip(torch.rand(clips, generator=generator), spare, strict=True)
-        ]
-        order = torch.randperm(clips, generator=generator).tolist()
+        first = [int(u * (n + 1)) for u, n in zip(torch.rand(clips), spare)]
+        order = torch.randperm(clips).tolist()
         total_loss = total_hits = 0
-        batches = [order[i : i + batch] for i in range(0, clips, batch)]
-        for begin in range(0, len(batches), accumulate):
-            in_step = batches[begin : begin + accumulate]
-            for members in in_step:
-                x = torch.stack(
-                    [
-                        network_input(mel_frames(waves[i])[first[i] : first[i] + 1024])
-                        for i in members
-                    ]
-                )
-                for size, largest in (
-                    (1024, masks[0]),
-                    (128, masks[1]),
-                ):  # first all time masks, then all frequency
-                    width = torch.randint(largest + 1, (len(members), 1))
-                    start = (torch.rand(len(members), 1) * (size - width + 1)).long()
-                    for clip, s, n in zip(
-                        x, start[:, 0].tolist(), width[:, 0].tolist(), strict=True
-                    ):
-                        (clip if size == 1024 else clip.T)[s : s + n] = 0
-                cos = (
-                    embedding(w, head, x, alpha / rank)
-                    @ (centres / centres.norm(dim=1, keepdim=True)).T
-                )
-                y = torch.tensor([labels[i] for i in members])
-                angle = torch.acos(cos.clamp(-1, 1))
-                true = F.one_hot(y, C).bool()
-                logits = scale * torch.where(true, torch.cos(angle + margin), cos)
-                losses = torch.logsumexp(logits, 1) - logits[true]
-                (losses.sum() / sum(map(len, in_step))).backward()
-                total_loss += losses.sum().item()
-                total_hits += (cos.argmax(1) == y).sum().item()
+        for begin in range(0, clips, batch):
+            members = order[begin : begin + batch]
+            frames = [mel_frames(waves[i])[first[i] : first[i] + 1024] for i in members]
+            x = torch.stack([network_input(part) for part in frames])
+            for size, largest in ((1024, masks[0]), (128, masks[1])):  # first all time masks
+                width = torch.randint(largest + 1, (len(members), 1))
+                start = (torch.rand(len(members), 1) * (size - width + 1)).long()
+                for clip, s, n in zip(x, start[:, 0].tolist(), width[:, 0].tolist()):
+                    (clip if size == 1024 else clip.T)[s : s + n] = 0
+            directions = centres / centres.norm(dim=1, keepdim=True)
+            cos = embedding(w, head, x, alpha / rank) @ directions.T
+            y = torch.tensor([labels[i] for i in members])
+            angle = torch.acos(cos.clamp(-1, 1))
+            true = F.one_hot(y, C).bool()
+            logits = scale * torch.where(true, torch.cos(angle + margin), cos)
+            losses = torch.logsumexp(logits, 1) - logits[true]
+            losses.mean().backward()
+            total_loss += losses.sum().item()
+            total_hits += (cos.argmax(1) == y).sum().item()
             step += 1
             factor = min(1.0, step / ramp) if ramp else 1.0
             with torch.no_grad():
@@ -186,13 +186,9 @@ def train(waves: list[Tensor], labels: list[int], public: dict[str, Tensor], *, 
                         m, v = moments.setdefault(p, (torch.zeros_like(p), torch.zeros_like(p)))
                         m.mul_(0.9).add_(0.1 * p.grad)
                         v.mul_(0.999).add_(0.001 * p.grad**2)
+                        size = (v / (1 - 0.999**step)).sqrt() + 1e-8
                         p *= 1 - rate * factor * weight_decay
-                        p -= (
-                            rate
-                            * factor
-                            * (m / (1 - 0.9**step))
-                            / ((v / (1 - 0.999**step)).sqrt() + 1e-8)
-                        )
+                        p -= rate * factor * (m / (1 - 0.9**step)) / size
                         p.grad = None
         log.append((step, lr * factor, total_loss / clips, total_hits / clips))
     return w, head, centres, log
@@ -203,64 +199,81 @@ def train(waves: list[Tensor], labels: list[int], public: dict[str, Tensor], *, 
 
 def embed(
     w: dict[str, Tensor], head: dict[str, Tensor], wave: Tensor, scaling: float = 1.0
-) -> np.ndarray:
-    """Mean over the fewest evenly spaced windows of 1024 frames that cover the clip, to unit
-    length."""
+) -> list[np.ndarray]:
+    """The embeddings of the fewest evenly spaced windows of 1024 frames that cover the clip."""
     frames = mel_frames(wave)
     count = math.ceil(len(frames) / 1024)
-    starts = (
-        [round(i * (len(frames) - 1024) / (count - 1)) for i in range(count)] if count > 1 else [0]
-    )
+    starts = [0]
+    if count > 1:
+        starts = [round(i * (len(frames) - 1024) / (count - 1)) for i in range(count)]
+    windows = []
     with torch.no_grad():
-        windows = [
-            embedding(w, head, network_input(frames[s : s + 1024])[None], scaling) for s in starts
-        ]
-    return F.normalize(sum(windows))[0].numpy().astype(np.float64)
+        for s in starts:
+            window = network_input(frames[s : s + 1024])[None]
+            windows.append(embedding(w, head, window, scaling)[0].numpy().astype(np.float64))
+    return windows
 
 
-def distances(
-    queries: np.ndarray, bank: np.ndarray, k: int, leave_one_out: bool = False
-) -> np.ndarray:
-    """Mean cosine distance to the k nearest rows of the bank; a row of the bank is not its own
-    neighbour."""
-    neighbours = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(bank)
-    return neighbours.kneighbors(None if leave_one_out else queries)[0].mean(1)
+def neighbours(query: np.ndarray, bank: list[np.ndarray], k: int) -> float:
+    """Mean cosine distance to the k nearest, by scikit-learn."""
+    found = NearestNeighbors(n_neighbors=k, metric="cosine", algorithm="brute").fit(bank)
+    return found.kneighbors(query[None])[0].mean()
 
 
-def score(train: np.ndarray, test: np.ndarray, is_target: list[bool], normalize: str = "none", k: int = 1,
-          smote: float = 0.0) -> tuple[np.ndarray, float]:  # fmt: skip
-    """-> (score of each test clip, threshold)."""
-    is_target = np.array(is_target)
-    source, target = train[~is_target], train[is_target]
-    made = np.empty((0, train.shape[1]))
-    if smote:
-        draw, count = np.random.default_rng(0), int(smote * len(source)) - len(target)
-        near = NearestNeighbors(n_neighbors=2).fit(target).kneighbors(return_distance=False)
-        x = draw.integers(len(target), size=count)
-        other = near[x, draw.integers(2, size=count)]
-        made = target[x] + draw.random((count, 1), dtype=np.float32) * (target[other] - target[x])
-        made /= np.linalg.norm(made, axis=1, keepdims=True)
-    if normalize == "density":
-        bank = np.concatenate([train, made])
-        density = np.maximum(distances(None, bank, 4, leave_one_out=True), 1e-6)
+def score(
+    train: list[list[np.ndarray]],
+    test: list[list[np.ndarray]],
+    is_target: list[bool],
+    normalize: str = "none",
+    k: int = 1,
+) -> tuple[np.ndarray, float, np.ndarray]:
+    """Clips as lists of windows -> (score of each test clip, threshold, its most anomalous window).
 
-        def ratios(queries: np.ndarray, columns: int, own: bool) -> np.ndarray:
-            d = (1 - queries @ bank[:columns].T) / density[:columns]
-            if own:
-                np.fill_diagonal(d, np.inf)
-            return np.sort(d, axis=1)[:, :k].mean(1)
+    Every window by itself, in loops: one window, one bank, one back-end at a time.
+    """
 
-        return ratios(test, len(bank), False), np.percentile(ratios(train, len(train), True), 90)
-    if normalize == "none":
-        scores = distances(test, np.concatenate([train, made]), k)
-        return scores, np.percentile(distances(None, train, k, leave_one_out=True), 90)
-    of_test, of_train = [], np.full((2, len(train)), np.nan)
-    for i, (real, bank) in enumerate(((source, source), (target, np.concatenate([target, made])))):
-        mine = is_target == bool(i)
-        d = distances(test, bank, k)
-        of_train[i, mine] = distances(None, real, k, leave_one_out=True)
-        of_train[i, ~mine] = distances(train[~mine], real, k)
-        reference = of_train[i, mine] if normalize == "train" else d
-        of_test.append((d - reference.mean()) / reference.std())
-        of_train[i] = (of_train[i] - reference.mean()) / reference.std()
-    return np.min(of_test, axis=0), np.percentile(of_train.min(axis=0), 90)
+    def others(clip: int | None, domain: bool | None = None) -> list[np.ndarray]:
+        """The windows of all training clips but one, of one domain or of both."""
+        rows = []
+        for i, windows in enumerate(train):
+            if i != clip and domain in (None, is_target[i]):
+                rows += windows
+        return rows
+
+    def by_density(query: np.ndarray, clip: int | None) -> float:
+        ratios = []
+        for i, windows in enumerate(train):
+            for y in windows if i != clip else ():
+                ratios.append((1 - query @ y) / max(neighbours(y, others(i), 4), 1e-6))
+        return np.mean(sorted(ratios)[:k])
+
+    def standardised(query: np.ndarray, clip: int | None) -> float:
+        values = []
+        for domain in (False, True):
+            mean, std = statistics[domain]
+            values.append((neighbours(query, others(clip, domain), k) - mean) / std)
+        return min(values)
+
+    statistics = {}
+    for domain in (False, True) if normalize in ("train", "test") else ():
+        reference = []
+        if normalize == "test":
+            for windows in test:
+                reference += [neighbours(x, others(None, domain), k) for x in windows]
+        else:
+            for i, windows in enumerate(train):
+                if is_target[i] == domain:
+                    reference += [neighbours(x, others(i, domain), k) for x in windows]
+        statistics[domain] = (np.mean(reference), np.std(reference))
+
+    def of_window(query: np.ndarray, clip: int | None) -> float:
+        if normalize == "density":
+            return by_density(query, clip)
+        if normalize == "none":
+            return neighbours(query, others(clip), k)
+        return standardised(query, clip)
+
+    of_test = [[of_window(x, None) for x in windows] for windows in test]
+    of_train = [max(of_window(x, i) for x in windows) for i, windows in enumerate(train)]
+    scores = np.array([max(values) for values in of_test])
+    return scores, np.percentile(of_train, 90), np.array([np.argmax(v) for v in of_test])

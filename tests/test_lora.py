@@ -164,7 +164,7 @@ def test_add_lora_wraps_exactly_the_named_layers_of_the_chosen_blocks():
         ({"targets": ["qkv"]}, "'qkv' names no linear layer"),
         ({"targets": ["norm1"]}, "'norm1' names no linear layer"),
         ({"targets": []}, "at least one"),
-        ({"layers": [3]}, "layer 3 does not exist: this model has layers 0-2"),
+        ({"layers": [3]}, "layer 3 does not exist: there are layers 0-2"),
         ({"layers": [-1]}, "layer -1 does not exist"),
         ({"layers": []}, "at least one"),
         ({"rank": 0}, "rank must be at least 1"),

@@ -26,6 +26,7 @@ from conftest import (
     FLAGS,
     ROOT,
     assert_equal_within,
+    embed_all,
     in_a_process,
     needs_cuda,
     serve,
@@ -37,8 +38,8 @@ import backbone
 import data
 import score
 import train
-from data import HOP, list_clips, read_wav
-from train import ArcFace, draw_batches, load_run
+from data import HOP, RandomWindows, list_clips, read_wav
+from train import ArcFace, load_run
 
 # ---------------------------------------------------------------- ArcFace
 
@@ -138,26 +139,26 @@ def test_no_margin_is_a_scaled_cosine_and_the_margin_touches_the_true_class_only
 # ---------------------------------------------------------------- batches
 
 
+def drawn(lengths: list[int], seed: int) -> list[tuple[int, int]]:
+    torch.manual_seed(seed)
+    return list(RandomWindows(lengths))
+
+
 def test_an_epoch_has_every_clip_once_in_an_order_of_its_own():
     lengths = [160000] * 10 + [192000] * 11
-    one, two = draw_batches(lengths, 8, seed=1), draw_batches(lengths, 8, seed=2)
-    assert [len(batch) for batch in one] == [8, 8, 5]
+    one, two = drawn(lengths, 1), drawn(lengths, 2)
     for epoch in (one, two):
-        assert sorted(i for batch in epoch for i, _ in batch) == list(range(21))
-    assert one != two and one == draw_batches(lengths, 8, seed=1)
+        assert sorted(i for i, _ in epoch) == list(range(21)) and len(RandomWindows(lengths)) == 21
+    assert [i for i, _ in one] != [i for i, _ in two] and one == drawn(lengths, 1)
 
 
 def test_windows_of_long_clips_are_drawn_from_all_places_on_the_hop():
     """12 s are 1198 frames: the first frame is uniform on {0..174}; a 10 s clip has no choice."""
-    starts = [
-        start
-        for seed in range(400)
-        for batch in draw_batches([192000], 1, seed)
-        for _, start in batch
-    ]
+    starts = [start for _, start in drawn([192000] * 400, 0)]
     assert all(start % HOP == 0 and 0 <= start <= 174 * HOP for start in starts)
     assert len(set(starts)) > 140 and np.mean(starts) / HOP == pytest.approx(87, abs=4 * 50.5 / 20)
-    assert all(start == 0 for batch in draw_batches([160000] * 9, 4, 0) for _, start in batch)
+    assert {0, 1} == {start // HOP for _, start in drawn([164080 + 160] * 50, 0)}
+    assert all(start == 0 for _, start in drawn([160000] * 9, 0))
 
 
 # ---------------------------------------------------------------- the whole loop, against tests/plain.py
@@ -194,27 +195,29 @@ def lively_weights(path: str) -> dict[str, torch.Tensor]:
     return ast.state_dict()
 
 
-@pytest.mark.parametrize("accumulate", [1, 3])
+@pytest.mark.parametrize("micro_batch", [4, 3])
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
-def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, accumulate):
-    """Every trained tensor to 1e-6 and every line of the log, through an uneven last batch and a
-    tail step.
+def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch):
+    """Every trained tensor to 1e-6 and every line of the log, through an uneven last batch.
 
     Left out are the biases that a softmax does not see (the keys', the pooling weights'): their
     gradient is rounding noise, of which Adam makes whole steps.
     """
     monkeypatch.chdir(tmp_path)
     waves, public = noisy_clips(Path("data/fan/train")), lively_weights("ast.pth")
-    numbers = {"epochs": 5, "lr": 1e-5, "ast_lr": 3e-6, "warmup": 5, "rank": 4, "alpha": 6.0, "seed": 3, "scale": 20.0,
-               "margin": 0.3, "weight_decay": 1.0, "accumulate": accumulate}  # fmt: skip
+    numbers = {
+        "epochs": 5, "lr": 1e-5, "ast_lr": 3e-6, "warmup": 5, "rank": 4, "alpha": 6.0, "seed": 3,
+        "scale": 20.0, "margin": 0.3, "weight_decay": 1.0,
+    }  # fmt: skip
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
-    masks = ["--time-mask=300", "--freq-mask=50", "--batch-size=2"]
+    masks = ["--time-mask=300", "--freq-mask=50", "--batch-size=4"]
+    masks += [f"--micro-batch={micro_batch}"]
     train.main(["--machine", "fan", *FLAGS, "--tuning", tuning, *flags, *masks])
     model, _ = load_run("runs/fan")
     last = train.backbone.load_file("runs/fan/last.pt")
 
     w, head, centres, log = plain.train(
-        waves, [0, 1, 0, 1, 0, 1, 0], public, tuning=tuning, batch=2, masks=(300, 50), **numbers
+        waves, [0, 1, 0, 1, 0, 1, 0], public, tuning=tuning, batch=4, masks=(300, 50), **numbers
     )
     rename = {
         name.replace(".base.", "."): tensor for name, tensor in model.ast.state_dict().items()
@@ -227,7 +230,8 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, accumulate)
     ]
     difference = max((found[name] - expected[name]).abs().max().item() for name in names)
     print(
-        f"training, {tuning}, {accumulate} batches a step, against a plain loop: largest difference {difference:.1e}"
+        f"training, {tuning}, {micro_batch} of 4 at once, against a plain loop: "
+        f"largest difference {difference:.1e}"
     )
     assert difference <= 1e-6 and found.keys() == expected.keys()
     moved = [name for name in public if not torch.equal(found[name], public[name])]
@@ -249,7 +253,7 @@ def test_only_pretrained_weights_have_their_own_rate(small):
             run("--tuning", tuning, "--ast-lr", "3e-5", "--overwrite") / "last.pt"
         )
         groups = groups["optimizer"]["param_groups"]
-        assert [group["peak_lr"] for group in groups] == expected
+        assert [group["initial_lr"] for group in groups] == expected
         sizes = [len(group["params"]) for group in groups]
         assert (
             sizes[0] == 8
@@ -337,9 +341,7 @@ def test_dropout_acts_in_training_and_not_in_scoring(small):
     assert results(run("--warmup", "0", "--dropout", "0.5", "--overwrite"))["adapter.pt"] != plain_
     clips = list_clips("data", "fan", "test")
     model, _ = load_run("runs/fan")
-    rows = [
-        score.embed(model.train(), clips, data.check_clips(clips), batch_size=4) for _ in range(2)
-    ]
+    rows = [embed_all(model.train(), clips) for _ in range(2)]
     np.testing.assert_array_equal(*rows)
 
 
@@ -427,13 +429,15 @@ def test_the_log_is_readable_in_a_file(small):
 # ---------------------------------------------------------------- interruptions
 
 
-def test_a_finished_run_is_not_overwritten_unasked(small, capsys):
+def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(small, capsys):
     small_machines("fan")
     before = results(run())
-    assert "holds a finished run; --overwrite replaces it" in error_of(capsys)
-    run("--resume")
-    assert "finished already" in capsys.readouterr().out
+    capsys.readouterr()
+    run()
+    out = capsys.readouterr().out
+    assert "runs/fan is finished already; next: python score.py --machine fan" in out
     assert results(Path("runs/fan")) == before
+    assert results(run("--overwrite", "--seed", "1")) != before
 
 
 def test_results_without_a_run_are_not_overwritten_either(small, capsys):
@@ -441,48 +445,47 @@ def test_results_without_a_run_are_not_overwritten_either(small, capsys):
     Path("runs/fan").mkdir(parents=True)
     Path("runs/fan/anomaly_score_fan_section_00_test.csv").write_text("a.wav,1\n")
     assert "holds results of no known run" in error_of(capsys)
-    assert "holds results of no known run" in error_of(capsys, "--resume")
+    run("--overwrite")
+    assert not Path("runs/fan/anomaly_score_fan_section_00_test.csv").exists()
 
 
 def interrupt_after_epoch(monkeypatch, epoch: int) -> None:
     """As if the power went right after that epoch's checkpoint."""
-    write_log = train.write_log
+    write_log = train.Run.write_log
 
-    def stop(args, log):
-        write_log(args, log)
-        if len(log) == epoch:
+    def stop(run):
+        write_log(run)
+        if len(run.log) == epoch:
             raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "write_log", stop)
+    monkeypatch.setattr(train.Run, "write_log", stop)
 
 
+@pytest.mark.parametrize("workers", ["0", "2"])
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_a_resumed_run_ends_with_the_same_bytes(small, monkeypatch, capsys, tuning):
+def test_a_continued_run_ends_with_the_same_bytes(small, monkeypatch, capsys, tuning, workers):
     small_machines("fan")
-    flags = ["--epochs", "3", "--tuning", tuning, "--dropout", "0.1"]
+    flags = ["--epochs", "4", "--tuning", tuning, "--dropout", "0.1", "--workers", workers]
     whole = results(run(*flags))
     shutil.rmtree("runs")
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
-        interrupt_after_epoch(patch, 1)
+        interrupt_after_epoch(patch, 2)
         run(*flags)
     assert stop.value.code == 130
     again = " ".join([*COMMAND, *flags])
-    assert (
-        f"interrupted; python train.py {again} --resume continues after" in capsys.readouterr().err
-    )
-    assert "holds an unfinished run; --resume continues it" in error_of(capsys, *flags)
-    assert results(run(*flags, "--resume")) == whole
+    assert f"interrupted; python train.py {again} continues after" in capsys.readouterr().err
+    assert results(run(*flags)) == whole
+    assert "continuing after epoch 2" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("flag", "left"),
-    [("--resume", ["args.json", "last.pt", "log.csv"]), ("--overwrite", ["args.json"])],
+    ("flags", "left"),
+    [([], [".lock", "args.json", "last.pt", "log.csv"]), (["--overwrite"], [".lock", "args.json"])],
 )
 def test_a_run_cut_off_in_its_first_epoch_leaves_nothing_of_the_one_before(
-    small, monkeypatch, flag, left
+    small, monkeypatch, flags, left
 ):
-    """But for what --resume needs: else last.pt of one run could be taken for the other's, or its
-    embeddings."""
+    """But for what continuing needs: else last.pt of one run could be taken for the other's."""
     small_machines("fan")
     folder = run("--epochs", "1")
     for name in (
@@ -498,7 +501,7 @@ def test_a_run_cut_off_in_its_first_epoch_leaves_nothing_of_the_one_before(
 
     monkeypatch.setattr(train, "train_epoch", stop)
     with pytest.raises(SystemExit):
-        run("--epochs", "2", flag)
+        run("--epochs", "2", *flags)
     assert sorted(path.name for path in folder.iterdir()) == left
 
 
@@ -528,7 +531,7 @@ def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(small, mon
         "--workers",
         "1",
     ]
-    run("--epochs", "3", "--warmup", "0", "--resume", *more)
+    run("--epochs", "3", "--warmup", "0", *more)
     assert results(Path("moved-fan")) == whole
     assert not Path("moved-fan/anomaly_score_fan_section_00_test.csv").exists()
 
@@ -541,50 +544,50 @@ def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(small, mon
         (["--layers", "1"], r"layers was None, is [1]"),
         (["--seed", "3"], "seed was 0, is 3"),
         (["--warmup", "0"], "warmup was 360, is 0"),
-        (["--epochs", "1"], "it has 2 epochs already, --epochs 1"),
+        (["--epochs", "1"], "has 2 epochs already, --epochs asks for 1"),
     ],
 )
-def test_resuming_with_other_arguments_is_refused(small, monkeypatch, capsys, flags, difference):
+def test_continuing_with_other_arguments_is_refused(small, monkeypatch, capsys, flags, difference):
     small_machines("fan")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after_epoch(patch, 2)
         run()
-    assert f"cannot resume runs/fan: {difference}" in error_of(capsys, "--resume", *flags)
+    assert f"{difference}" in error_of(capsys, *flags)
 
 
-def test_resuming_with_other_clips_or_weights_is_refused(small, monkeypatch, capsys):
+def test_continuing_with_other_clips_or_weights_is_refused(small, monkeypatch, capsys):
     small_machines("fan")
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after_epoch(patch, 1)
         run()
     for clip in list_clips("data", "fan", "train")[-2:]:
         clip.path.unlink()
-    message = error_of(capsys, "--resume")
+    message = error_of(capsys)
     assert "clips was {'fan': 7}, is {'fan': 5}" in message and "classes was" in message
     torch.manual_seed(5)
     train.save(Path("ast.pth"), backbone.AST(64, 2, 1).state_dict())
-    assert "weights_sha256 was" in error_of(capsys, "--resume")
+    assert "weights_sha256 was" in error_of(capsys)
 
 
 @pytest.mark.parametrize(
     ("flags", "step"),
     [  # batches of 4 and 3 clips, the fourth one fails: that is in the second epoch
         (["--batch-size", "4"], "step 4"),
-        (["--batch-size", "4", "--accumulate", "3"], "step 2"),
+        (["--batch-size", "7", "--micro-batch", "3"], "step 2"),
     ],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     small, monkeypatch, capsys, flags, step
 ):
     small_machines("fan")
-    forward, calls = ArcFace.forward, []
+    logits, calls = ArcFace.logits, []
 
-    def explode(self, embedding, labels):
+    def explode(self, cos, labels):
         calls.append(1)
-        return forward(self, embedding, labels) * (math.nan if len(calls) == 4 else 1)
+        return logits(self, cos, labels) * (math.nan if len(calls) == 4 else 1)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ArcFace, "forward", explode)
+        patch.setattr(ArcFace, "logits", explode)
         message = error_of(capsys, *flags, "--epochs", "3")
     assert (
         f"the loss is not finite at {step}; last.pt holds the epochs before; take a smaller --lr"
@@ -635,7 +638,7 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(small, monkeypatch, 
     assert backbone.load_file("runs/fan/last.pt")["epoch"] == 1 and not list(
         Path("runs/fan").glob("*.part")
     )
-    assert results(run("--epochs", "3", "--resume")) == whole
+    assert results(run("--epochs", "3")) == whole
 
 
 def test_a_checkpoint_is_written_without_a_second_copy_in_memory(tmp_path):
@@ -657,7 +660,7 @@ def test_training_and_scoring_killed_at_random_moments_end_with_the_same_bytes(s
     small_machines("fan", n_train=14, n_test=8)
     rng, folder = random.Random(0), Path("runs/fan")
     training = (train.main, [*COMMAND, "--epochs", "6"])
-    resuming = (train.main, [*training[1], "--resume"])
+    resuming = (train.main, training[1])
     scoring = (score.main, ["--machine", "fan", "--device", "cpu"])
 
     def seconds(command) -> float:
@@ -666,7 +669,7 @@ def test_training_and_scoring_killed_at_random_moments_end_with_the_same_bytes(s
         return time.perf_counter() - start
 
     whole_training, whole_scoring = seconds(training), seconds(scoring)
-    names = ["adapter.pt", "log.csv", "embeddings_fan.npz", "nearest_fan.csv"]
+    names = ["adapter.pt", "log.csv", "embeddings_fan.npz", "report_fan.csv"]
     names += [f"{kind}_fan_section_00_test.csv" for kind in ("anomaly_score", "decision_result")]
     whole = {name: (folder / name).read_bytes() for name in names}
     shutil.rmtree("runs")
@@ -706,11 +709,8 @@ def test_ctrl_c_ends_with_one_line_that_says_how_to_continue(small):
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
-    again = f"python train.py {' '.join(flags)} --resume"
-    assert (
-        err.splitlines()[-1]
-        == f"train.py: interrupted; {again} continues after the last whole epoch"
-    )
+    again = f"python train.py {' '.join(flags)}"
+    assert err.splitlines()[-1] == f"train.py: interrupted; {again} continues after the last epoch"
     assert "Traceback" not in err
 
 
@@ -728,14 +728,14 @@ def test_a_killed_worker_ends_in_a_line_that_names_the_way_out(small, monkeypatc
     )
 
 
-def test_at_most_four_workers_read_with_one_batch_each_in_waiting():
+def test_two_workers_read_for_a_gpu_with_one_batch_each_in_waiting():
     parse = train.make_parser().parse_args
     assert train.workers_for(parse(["--machine", "fan", "--device", "cpu"])) == 0
     assert train.workers_for(parse(["--machine", "fan", "--device", "cuda"])) == min(
         4, os.cpu_count()
     )
     assert train.workers_for(parse(["--machine", "fan", "--device", "cuda", "--workers", "9"])) == 9
-    assert data.make_loader([], [], 2, torch.device("cpu")).prefetch_factor == 1
+    assert data.make_loader([], [], 1, 2, torch.device("cpu")).prefetch_factor == 1
 
 
 # ---------------------------------------------------------------- loading
@@ -837,7 +837,7 @@ def test_training_on_a_gpu_agrees_with_the_cpu(small):
 
 
 @needs_cuda
-@pytest.mark.parametrize("flags", [["--tuning", "full"], ["--tuning", "frozen"], ["--compile"], ["--accumulate", "2"],
+@pytest.mark.parametrize("flags", [["--tuning", "full"], ["--tuning", "frozen"], ["--compile"], ["--micro-batch", "2"],
                                    ["--workers", "0"], ["--workers", "4"], ["--device", "cuda:0"]])  # fmt: skip
 def test_every_way_to_train_runs_on_a_gpu(small, flags):
     small_machines("fan")
@@ -864,7 +864,7 @@ def test_a_run_resumes_on_a_gpu(small, monkeypatch):
     with monkeypatch.context() as patch, pytest.raises(SystemExit):
         interrupt_after_epoch(patch, 1)
         run("--device", "cuda", "--overwrite")
-    resumed = log_of(run("--device", "cuda", "--resume"))
+    resumed = log_of(run("--device", "cuda"))
     assert [row["loss"] for row in resumed] == pytest.approx(whole, rel=0.01)
 
 
@@ -875,7 +875,5 @@ def test_scoring_on_a_gpu_equals_the_cpu(small):
     model, _ = load_run(run())
     train.check_device("cuda")
     clips = list_clips("data", "fan", "test")
-    lengths = data.check_clips(clips)
-    expected = score.embed(model.eval(), clips, lengths, batch_size=4)
-    found = score.embed(model.cuda(), clips, lengths, batch_size=4)
+    expected, found = embed_all(model, clips), embed_all(model.cuda(), clips)
     assert_equal_within(1e-4, "embeddings on a GPU against the CPU", found, expected)
