@@ -609,6 +609,8 @@ def one_line_errors(parser: Parser, interrupted: str = "the same command continu
 
     With the environment variable ASD_TRACEBACK=1 the traceback is printed before any such line.
     """
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that are no UTF-8
     try:
         yield
     except KeyboardInterrupt:

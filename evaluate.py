@@ -90,10 +90,11 @@ import data
 # Scores and labels, joined by file name
 
 
-def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> tuple[dict, list[str]]:
-    """-> (a row of metrics.csv: what was evaluated, how it was scored, the figures; remarks).
+def evaluate_machine(machine: str, run: Path, root: Path | None = None, remarks=None) -> dict:
+    """One row of metrics.csv: what was evaluated, how it was scored, and the figures.
 
-    root  where labels are that the names do not tell; None: where the clips were that were scored
+    root     where labels are that names do not tell; None: where the clips were that were scored
+    remarks  a list, to which lines are added: clips left out, misses and false alarms by file
     FileNotFoundError: no scores. ValueError: wrong rows in one of the files, or no labels.
     """
     path = run / f"anomaly_score_{machine}_section_00_test.csv"
@@ -110,12 +111,11 @@ def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> tuple
     known = np.array([label is not None for label in labels])
     if not known.any():
         raise ValueError(no_labels(machine, names, root))
-    remarks = []
+    remarks = [] if remarks is None else remarks
     if not known.all():
         left_out = [name for name, label in zip(names, labels) if label is None]
-        remarks.append(
-            f"{len(left_out)} clips without a label are left out: {data.first_ten(left_out)}"
-        )
+        without = f"{len(left_out)} clips without a label are left out"
+        remarks.append(f"{machine}: {without}: {data.first_ten(left_out)}")
 
     names, is_target = np.array(names)[known], np.array(is_target)[known]
     is_anomaly = np.array(labels, object)[known].astype(bool)
@@ -128,7 +128,7 @@ def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> tuple
             ("false alarms", ~is_anomaly & decided),
         ):
             listed = f": {data.first_ten(names[wrong].tolist())}" if wrong.any() else ""
-            remarks.append(f"{wrong.sum()} {what}{listed}")
+            remarks.append(f"{machine}: {wrong.sum()} {what}{listed}")
     metrics = machine_metrics(
         np.array(list(scores.values()))[known], is_anomaly, is_target, decided
     )
@@ -140,7 +140,7 @@ def evaluate_machine(machine: str, run: Path, root: Path | None = None) -> tuple
     row = {"run": str(run), "seed": args.get("seed", ""), "machine": machine, "set": which}
     row |= {key: how.get(key, "") for key in ("model", "normalize", "k", "percentile")}
     row["precision"] = args.get("precision", "")
-    return row | metrics | {"harmonic_mean": official_score([metrics])}, remarks
+    return row | metrics | {"harmonic_mean": official_score([metrics])}
 
 
 def no_labels(machine: str, names: list[str], root: Path) -> str:
@@ -266,11 +266,8 @@ def main(argv: list[str] | None = None) -> None:
         settings = {}  # what a result depends on, but for the seed -> its trials, of rows each
         remarks = []
         for run in runs:
-            rows = []
-            for machine in machines:
-                row, more = evaluate_machine(machine, run, Path(args.data) if args.data else None)
-                rows.append(row)
-                remarks += [f"{machine}: {remark}" for remark in more]
+            root = Path(args.data) if args.data else None
+            rows = [evaluate_machine(machine, run, root, remarks) for machine in machines]
             trials = settings.setdefault(setting_of(run, rows), [])
             if any(trial[0]["seed"] == rows[0]["seed"] for trial in trials):
                 same = f"{run} has the setting and the seed of another --run"
@@ -283,11 +280,11 @@ def main(argv: list[str] | None = None) -> None:
         print(ablation(list(settings.values())))
         return
     trials = settings.popitem()[1]
-    if len(runs) == 1:
-        print(*remarks, sep="\n", end="\n\n")
     for name in dict.fromkeys(row["set"] for row in trials[0]):
         chosen = [[row for row in trial if row["set"] == name] for trial in trials]
         print(table(name, chosen), end="\n\n")
+    if len(runs) == 1:
+        print(*remarks, sep="\n")
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
     """
     others = np.isfinite(d).sum(axis=1).min()
     if others < k:
-        raise ValueError(f"{k} nearest neighbours need {k} other training clips, not {others}")
+        raise ValueError(f"{k} nearest neighbours need {k} windows of other clips, not {others}")
     return np.array([np.partition(row, k - 1)[:k].mean() for row in d])
 
 

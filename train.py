@@ -387,7 +387,7 @@ def locked(path: Path):
     """However this process ends, the lock ends with it. ValueError: another process holds it."""
     with path.open("w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             at_work = f"another train.py is at work in {path.parent}"
             raise ValueError(

@@ -72,8 +72,10 @@ def tokens(w: dict[str, Tensor], x: Tensor, scaling: float) -> Tensor:
 def embedding(
     w: dict[str, Tensor], head: dict[str, Tensor], x: Tensor, scaling: float = 1.0
 ) -> Tensor:
-    """Unit length (B, E); without a head, the mean of the class tokens."""
+    """Unit length (B, E). head {}: the mean of the class tokens; None: that of the patches."""
     z = tokens(w, x, scaling)
+    if head is None:
+        return F.normalize(z[:, 2:].sum(1))
     if not head:
         return F.normalize((z[:, 0] + z[:, 1]) / 2)
     h = z[:, 2:]

@@ -62,16 +62,12 @@ def test_the_defaults_are_those_that_the_readme_lists():
         "tuning": "lora", "rank": 64, "alpha": None, "dropout": 0.0, "targets": ["q", "v"], "layers": None,
         "pooling": "asp", "embedding": 256, "scale": 30.0, "margin": 0.2, "time_mask": 80, "freq_mask": 80,
         "lr": 1e-4, "ast_lr": 1e-5, "warmup": 360, "weight_decay": 0.01, "epochs": 25, "batch_size": 32,
-        "accumulate": 1, "seed": 0,
+        "seed": 0, "micro_batch": None,
     }  # fmt: skip
     assert {name: defaults[name] for name in expected} == expected
     scoring = vars(score.make_parser().parse_args(["--machine", "fan"]))
-    assert (scoring["k"], scoring["normalize"], scoring["smote"], scoring["plot"]) == (
-        1,
-        "none",
-        0.0,
-        False,
-    )
+    expected = {"k": 1, "normalize": "none", "percentile": 90.0, "pooling": None, "plot": False}
+    assert {name: scoring[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize("name", ["train.py", "score.py", "evaluate.py"])
@@ -348,6 +344,33 @@ def nested() -> None:
     wav("data/fan/fan/train/a.wav")
 
 
+def only_mp3() -> None:
+    empty_folder()
+    Path("data/pump/train/a.mp3").write_bytes(b"ID3")
+
+
+def mp3_called_wav() -> None:
+    own_machine()
+    Path("data/pump/train/b.wav").write_bytes(b"ID3" + bytes(5000))
+
+
+def capital_train() -> None:
+    wav("data/pump/Train/a.wav")
+
+
+def only_test() -> None:
+    wav("data/pump/test/a.wav")
+
+
+def own_bearing() -> None:
+    wav("data/bearing/train/a.wav")
+
+
+def weights_are_a_table() -> None:
+    own_machine()
+    Path("my.csv").write_text("a,b\n1,2\n")
+
+
 def a_file_for_a_folder() -> None:
     Path("runs").write_text("")
 
@@ -384,58 +407,73 @@ MESSAGES = [
     ("train.py", [*FAN, "--rank", "0"], None, "argument --rank: must be at least 1, got 0"),
     ("train.py", [*FAN, "--rank", "many"], None, "argument --rank: invalid int value: 'many'"),
     ("train.py", [*FAN, "--lr", "nan"], None, "argument --lr: must be at least"),
+    ("train.py", [*FAN, "--lr", "0"], None, "argument --lr: must be at least"),
     ("train.py", [*FAN, "--epochs", "0"], None, "argument --epochs: must be at least 1"),
+    ("train.py", [*FAN, "--micro-batch", "0"], None, "argument --micro-batch: must be at least 1"),
     ("train.py", [*FAN, "--targets", "qkv"], None, "argument --targets: invalid choice: 'qkv'"),
-    ("train.py", [*FAN, "--layers", "12"], None, "LoRA layer 12 does not exist: this model has layers 0-1"),
-    ("train.py", [*FAN, "--layers", "last"], None, "argument --layers: all, 8-11 or 0,5, got 'last'"),
+    ("train.py", [*FAN, "--layers", "12"], None, "layer 12 does not exist: there are layers 0-1"),
+    ("train.py", [*FAN, "--layers", "last"], None, "--layers: all, 8-11 or 0,5, got 'last'"),
     ("train.py", [*FAN, "--layers", "11-8"], None, "argument --layers: '11-8' runs backwards"),
     ("train.py", [*FAN, "--dropout", "1"], None, "LoRA dropout must be in [0, 1), got 1.0"),
     ("train.py", [*FAN, "--margin", "2"], None, "--margin 2.0: radians, below π/2 = 1.57"),
-    ("train.py", [*FAN, "--freq-mask", "129"], None, "SpecAug masks must be 0 to 96 frames and 0 to 128 mel bins"),
-    ("train.py", [*FAN, "--device", "cuda"], None, "--device cuda: no such GPU here (0 found); --device cpu is slow"),
+    ("train.py", [*FAN, "--freq-mask", "129"], None, "SpecAug masks are 0 to 96 frames, 0 to 128"),
+    ("train.py", [*FAN, "--device", "cuda"], None, "--device cuda: no such GPU here (0 found)"),
     ("train.py", [*FAN, "--device", "tpu"], None, "--device tpu: cpu, cuda or cuda:N"),
-    ("train.py", [*FAN, "--resume", "--overwrite"], None, "--resume continues, --overwrite starts again: give one"),
     ("train.py", [*FAN, "--ran", "4"], None, "unrecognized arguments: --ran 4"),
+    ("train.py", [*FAN, "--bach-size", "4"], None, "--bach-size 4; did you mean '--batch-size'?"),
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder,
      "cannot use runs/x as a run folder (Not a directory); name another with --run"),
     ("score.py", FAN, damaged_record, "runs/fan/args.json is damaged (Expecting value"),
-    ("train.py", ["--machine", "../fan"], None, "--machine '../fan': a machine is the name of a folder in --data"),
-    ("train.py", ["--machine", "valve", "fna"], None, "data/fna/train is missing; did you mean 'fan'?"),
-    ("score.py", ["--machine", "fna", "--pretrained"], None, "data/fna/train is missing; did you mean 'fan'?"),
+    ("train.py", ["--machine", "../fan"], None, "a machine is the name of a folder in --data"),
+    ("train.py", ["--machine", "valve", "fna"], None, "fna/train is missing; did you mean 'fan'?"),
+    ("train.py", ["--machine", "toycar"], None, "toycar/train is missing; did you mean 'ToyCar'?"),
+    ("score.py", ["--machine", "fna", "--pretrained"], None, "did you mean 'fan'?"),
     ("train.py", ["--machine", "pmup", *FLAGS], own_machine,
      "data/pmup/train is missing; did you mean 'pump'?"),
     ("train.py", ["--machine", "compressor", *FLAGS], None,
      "data/compressor/train is missing; put train clips (WAV) there"),
-    ("train.py", PUMP, empty_folder, "data/pump/train has no WAV file; put this machine's train clips there"),
+    ("train.py", PUMP, empty_folder, "data/pump/train has no WAV file; put train clips there"),
+    ("train.py", PUMP, only_mp3, "put train clips there; convert its other sound files"),
+    ("train.py", ["--machine", "pump", "fan", *PUMP[2:]], mp3_called_wav,
+     "data/pump/train/b.wav: is a file of another format, MP3; convert it to WAV"),
+    ("train.py", PUMP, capital_train, "data/pump/Train is there: rename it to train"),
+    ("train.py", PUMP, only_test, "data/pump/train is missing; put train clips (WAV) there"),
+    ("score.py", ["--machine", "bearing", *FLAGS, "--pretrained"], own_bearing,
+     "data/bearing/test is missing; put test clips (WAV) there"),
+    ("data.py", ["--machine", "bearing"], own_bearing, "nothing is fetched into it"),
     ("train.py", ["--machine", "fan", *FLAGS], nested,
      "data/fan/fan/train is nested one folder too deep; move it to data/fan/train"),
-    ("train.py", ["--machine", "fan"], no_fan, "put the file at data/dev_fan.zip; `python tests/demo.py` needs no"),
+    ("train.py", ["--machine", "fan"], no_fan,
+     "put the file at data/dev_fan.zip; `python tests/demo.py` needs no"),
     ("train.py", ["--machine", "pump"], own_machine,
      "put the file at weights/ast.safetensors; `python tests/demo.py` needs no download"),
-    ("train.py", PUMP, own_machine, "all 3 clips are of one class (pump/), so there is nothing to tell apart; train "
-     "jointly with other machines (--machine pump fan valve), or skip training: score.py --pretrained"),
+    ("train.py", PUMP, own_machine,
+     "all 3 clips are of one class (pump/), so there is nothing to tell apart; train jointly with "
+     "other machines (--machine pump fan valve), or skip training: score.py --pretrained"),
     ("train.py", ["--machine", "pump", "fan", *PUMP[2:]], damaged_clips,
      "1 of 11 clips cannot be used (mend or remove them): data/pump/train/b.wav: File format"),
     ("train.py", ["--machine", "pump", "--weights", "my.pth"], own_machine,
-     "my.pth is missing; `python backbone.py` fetches the public weights to weights/ast.safetensors"),
+     "my.pth is missing; `python backbone.py` fetches the public weights to weights/ast"),
+    ("train.py", ["--machine", "pump", "fan", "--weights", "my.csv"], weights_are_a_table,
+     "my.csv: cannot be loaded: truncated, damaged, or not a file of tensors; name another, or"),
     ("train.py", [*FAN, "--run", "/proc/1/run"], None,
      "cannot use /proc/1/run as a run folder (No such file or directory); name another with --run"),
     ("train.py", ["--machine", "fan"], web_page,
-     "weights/ast.safetensors is a web page; delete it, or replace it by what a browser gets from http"),
-    ("score.py", FAN, None, "runs/fan is not a run of train.py; train one, or name its folder with --run"),
+     "weights/ast.safetensors is a web page; delete it, or replace it by what a browser gets from"),
+    ("score.py", FAN, None, "runs/fan is not a run of train.py; train one, or name its folder"),
     ("score.py", [*FAN, "--k", "0"], None, "argument --k: must be at least 1"),
-    ("score.py", [*FAN, "--normalize", "mean"], None, "argument --normalize: invalid choice: 'mean'"),
+    ("score.py", [*FAN, "--percentile", "101"], None, "argument --percentile: 0 to 100, got 101"),
+    ("score.py", [*FAN, "--normalize", "mean"], None, "--normalize: invalid choice: 'mean'"),
     ("score.py", [*FAN, "--pretrained", "--k", "40"], None,
-     "fan: 40 nearest neighbours need at least 40 training clips, not 7"),
-    ("score.py", [*PUMP, "--pretrained", "--smote", "0.2"], own_machine,
-     "pump: --smote needs at least 3 target training clips, not 0"),
+     "fan: 40 nearest neighbours need 40 windows of other clips, not 14"),
     ("score.py", [*PUMP, "--pretrained", "--normalize", "train", "--k", "2"], own_machine, None),
     ("score.py", ["--machine", "pump", "--pretrained"], own_machine,
      "put the file at weights/ast.safetensors; `python tests/demo.py`"),
-    ("evaluate.py", FAN[:2], None, "runs/fan/anomaly_score_fan_section_00_test.csv is missing; run score.py"),
-    ("evaluate.py", [*FAN[:2], "--run", "runs", "runs/../runs"], None, "--run names a folder twice"),
+    ("evaluate.py", FAN[:2], None, "runs/fan/anomaly_score_fan_section_00_test.csv is missing; run"),
+    ("evaluate.py", [*FAN[:2], "--run", "runs", "runs/../runs"], None, "names a folder twice"),
     ("evaluate.py", ["--machine", "pump", "--run", "runs/pretrained-pump"], scored_pump,
-     "the names of pump's clips tell no labels; write them to data/pump/labels.csv, a line `file,0` or `file,1` each"),
+     "the names of pump's clips tell no labels; write data/pump/labels.csv, a line such as 0.wav,1 "
+     "for an anomaly, 2.wav,0 for a normal clip"),
     ("data.py", ["--machine", "fna"], None, "no machine 'fna'; did you mean 'fan'?"),
     ("data.py", ["--machine", "fan"], no_fan, "put the file at data/dev_fan.zip"),
     ("backbone.py", [], web_page, "weights/ast.safetensors is a web page"),
@@ -458,11 +496,12 @@ def test_a_wrong_use_ends_in_one_line_that_says_what_to_do(
     before = {path for path in Path().rglob("*") if path.is_file()}
     capsys.readouterr()
     if message is None:  # a right use beside the wrong ones
-        return SCRIPTS[name].main(argv)
+        SCRIPTS[name].main(argv)
+        return
     with pytest.raises(SystemExit) as stop:
         SCRIPTS[name].main(argv)
     err = [line for line in capsys.readouterr().err.splitlines() if line and "\r" not in line]
-    assert all(re.match(r"(checking|embedding)", line) for line in err[:-1]), (
+    assert all(re.match(r"(checking|reading)", line) for line in err[:-1]), (
         "progress, then one line"
     )
     assert stop.value.code == 2 and err[-1].startswith(f"{name}: error: ") and message in err[-1], (

@@ -21,7 +21,7 @@ import demo
 from backbone import Embedder, load_ast
 from data import FRAME, HOP, SpecAug, fit_frames, list_clips, log_mel, normalise, read_wav
 from lora import LoRALinear, add_lora
-from score import nearest
+from score import distances, nearest
 
 
 def show(where: str, symbol: str, x: torch.Tensor, more: str = "") -> torch.Tensor:
@@ -97,7 +97,11 @@ def main(argv: list[str] | None = None) -> None:
         bank = torch.cat(
             [model(normalise(fit_frames(log_mel(read_wav(path)[None])))) for path in paths]
         )
-        show("score.py: nearest", "score(x)", torch.from_numpy(nearest(e.numpy(), bank.numpy())))
+        show(
+            "score.py: nearest",
+            "score(x)",
+            torch.from_numpy(nearest(distances(e.numpy(), bank.numpy()))),
+        )
         print(f"nearest training clip, of {len(paths)}: {paths[(e @ bank.T).argmax()].name}")
 
 
