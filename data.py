@@ -660,10 +660,9 @@ def whole_file(path: str | Path):
         part.replace(path)
     except BaseException as error:
         part.unlink(missing_ok=True)
-        # PyTorch's writer makes a RuntimeError of a disk that is full.
-        if isinstance(error, OSError) or "PytorchStreamWriter failed" in str(error):
-            why = getattr(error, "strerror", None) or "is the disk full?"
-            raise OSError(f"cannot write {path}: {why}; the file is as it was before") from error
+        if isinstance(error, OSError):
+            why = f"cannot write {path}: {error.strerror}"
+            raise OSError(f"{why}; the file is as it was before") from error
         raise
 
 

@@ -219,6 +219,7 @@ def seed_of_epoch(seed: int, epoch: int) -> int:
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
+import errno
 import fcntl
 import json
 import os
@@ -412,7 +413,10 @@ def git_commit() -> str:
 def save(path: Path, state: dict) -> None:
     """Straight into the file, with no second copy in memory."""
     with data.whole_file(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what PyTorch's writer makes of a disk that is full
+            raise OSError(errno.ENOSPC, "is the disk full?") from error
 
 
 def load_run(
