@@ -308,6 +308,43 @@ def test_the_picture_needs_no_labels_and_no_screen(small, monkeypatch):
         assert width > 900 and height > 700
 
 
+def test_the_picture_shows_the_training_clips_labels_and_any_name(small, monkeypatch):
+    """Names with $ and bytes that are no UTF-8; labels from labels.csv; the worst miss and the worst
+    false alarm are drawn beside the three highest."""
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.figure import Figure
+
+    small_machines()
+    for i in range(8):
+        wav(f"data/pump/train/{i}.wav", 8000 + i)
+        wav(f"data/pump/test/a$b_{i}$.wav", 9000 + i)
+    odd = os.fsencode("data/pump/test/") + b"\xf6 $x^2$.wav"
+    shutil.copy("data/pump/test/a$b_0$.wav", odd)
+    score.main([*PUMP, "--pretrained", "--percentile", "100"])
+    with open("runs/pretrained-pump/report_pump.csv", errors="surrogateescape") as file:
+        names = [line.split(",")[0] for line in file][1:]
+    # nothing is above the threshold, so the lowest of the anomalies is the worst miss
+    lines = [f"{names[0]},1", *(f"{name},0" for name in names[1:-1]), f"{names[-1]},1"]
+    Path("data/pump/labels.csv").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
+    titles, legends = [], []
+    savefig = Figure.savefig
+
+    def seen(figure, *args, **options):
+        legends.extend(text.get_text() for text in figure.axes[0].get_legend().get_texts())
+        titles.extend(axes.get_title() for axes in figure.axes)
+        return savefig(figure, *args, **options)
+
+    monkeypatch.setattr(Figure, "savefig", seen)
+    score.main([*PUMP, "--pretrained", "--percentile", "100", "--plot"])
+    assert legends[0].startswith("training clips") and legends[1:3] == [
+        "labelled normal (7)",
+        "labelled anomaly (2)",
+    ]
+    headings = [title.split(",")[0] for title in titles if ", score" in title]
+    assert headings == ["no. 1", "no. 2", "no. 3", "worst miss"]
+    assert figure_size(Path("runs/pretrained-pump/pump.png"))[0] > 900
+
+
 def test_without_matplotlib_one_line_says_how_to_install_it(small, monkeypatch, capsys):
     small_machines("fan")
     monkeypatch.setattr(score.importlib.util, "find_spec", lambda name: None)

@@ -618,6 +618,25 @@ def test_an_evaluation_machine_comes_from_two_archives_with_its_ground_truth(
     ]  # fmt: skip
 
 
+def test_nothing_is_fetched_into_a_folder_of_ones_own(server, tmp_path, capsys):
+    """data/bearing/train with own files and no test folder, as a user made it."""
+    write_wav(tmp_path / "bearing" / "train" / "recording 1.wav", noise(500))
+    with pytest.raises(FileNotFoundError, match=r"bearing/test is missing; put test clips"):
+        data.prepare(["bearing"], tmp_path, ["train", "test"])
+    with pytest.raises(ValueError, match="nothing is fetched into it"):
+        data.fetch("bearing", tmp_path)
+    assert server.requests == []
+
+
+def test_other_sound_files_beside_wavs_are_said(tmp_path, capsys):
+    write_wav(tmp_path / "pump" / "train" / "a.wav", noise(500))
+    for name in ("b.mp3", "c.flac"):
+        (tmp_path / "pump" / "train" / name).touch()
+    data.prepare(["pump"], tmp_path, ["train"])
+    out = capsys.readouterr().out
+    assert f"note: 2 files in {tmp_path}/pump/train are left out, no WAV: b.mp3, c.flac" in out
+
+
 def test_there_is_an_archive_with_a_checksum_for_every_machine():
     assert set(data.ARCHIVES) == set(data.DEV + data.EVAL) and len(data.ARCHIVE_MD5) == 21
     assert {name for archives in data.ARCHIVES.values() for _, name, _ in archives} == set(

@@ -433,3 +433,78 @@ def test_undefined_figures_print_n_a_and_make_the_total_partial(tmp_path, capsys
         and "official score: **100.00** (n = 1), partial (1/7; 1 of 3 values undefined)" in out
     )
     assert ",,1.0," in (run / "metrics.csv").read_text()
+
+
+# ---------------------------------------------------------------- one's own labels
+
+OWN = ["a 1.wav", "a 2.wav", "b;3.wav", "c,4.wav"]
+RIGHT = {"a 1.wav": True, "a 2.wav": False, "b;3.wav": True, "c,4.wav": False}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        'a 1.wav,1\na 2.wav,0\nb;3.wav,1\n"c,4.wav",0\n',
+        '\ufefffile;label\r\na 1.wav;1\r\na 2.wav;0\r\n"b;3.wav";1\r\nc,4.wav;0\r\n',
+        "name, label\n a 1.wav , 1\na 2 ,0\nb;3, 1 \nc,4,0\n\n",
+    ],
+)
+def test_labels_are_read_as_people_write_them(tmp_path, text):
+    """A header, semicolons, spaces, names without .wav, a name with the delimiter unquoted."""
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text.encode())
+    assert dict(zip(OWN, data.read_own_labels(path, OWN))) == RIGHT
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a 1.wav,1\na 2.wav,normal\n", "line 2: 'a 2.wav,normal' is no label; a right line is "
+         "a 1.wav,1 for an anomaly, 0 for a normal clip"),
+        ("a 1.wav,yes\n", "line 1: 'a 1.wav,yes' is no label"),
+        ("a 1.wav,1\na 1,0\n", "line 2: a 1.wav stands there twice"),
+        ("x.wav,1\n", "names none of the test clips; a right line is a 1.wav,1"),
+    ],
+)  # fmt: skip
+def test_labels_that_cannot_be_understood_are_told_with_an_example(tmp_path, text, message):
+    path = tmp_path / "labels.csv"
+    path.write_text(text)
+    with pytest.raises(ValueError) as error:
+        data.read_own_labels(path, OWN)
+    assert message in str(error.value)
+
+
+def test_misses_and_false_alarms_are_listed_by_file_and_the_unlabelled_left_out(tmp_path, capsys):
+    scores = {"a 1.wav": 0.2, "a 2.wav": 0.9, "b;3.wav": 0.8, "c,4.wav": 0.1, "new.wav": 0.5}
+    scored(tmp_path / "run", "pump", scores, data=str(tmp_path))
+    write(tmp_path / "pump" / "labels.csv", [(n, int(a)) for n, a in RIGHT.items()])
+    evaluate.main(["--machine", "pump", "--run", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "pump: 1 clips without a label are left out: new.wav" in out
+    assert "pump: 1 misses: a 1.wav" in out and "pump: 1 false alarms: a 2.wav" in out
+    row = evaluate.evaluate_machine("pump", tmp_path / "run")
+    # 0.8 beats both normals, 0.2 beats one: 3 of 4 pairs
+    assert row["auc_source"] == 0.5 * (1 / 2 + 1 / 2) and row["set"] == "own"
+
+
+def test_an_own_machine_under_a_dcase_name_is_ones_own(tmp_path):
+    """Its labels.csv counts, no ground truth is asked for, and it is no part of eval."""
+    names = {"Aufnahme 1.wav": 0.9, "Aufnahme 2.wav": 0.1}
+    scored(tmp_path / "run", "Vacuum", names, data=str(tmp_path))
+    write(tmp_path / "Vacuum" / "labels.csv", [("Aufnahme 1", 1), ("Aufnahme 2", 0)])
+    for kind in ("data", "domain"):
+        truth = tmp_path / "ground_truth" / f"ground_truth_{kind}"
+        truth.mkdir(parents=True)
+        write(truth / "ground_truth_Vacuum_section_00_test.csv", [("section_00_0000.wav", 1)])
+    row = evaluate.evaluate_machine("Vacuum", tmp_path / "run")
+    assert row["set"] == "own" and row["auc_source"] == 1.0
+
+
+def test_float32_and_bfloat16_are_two_settings(tmp_path, capsys):
+    runs = [
+        run_folder(tmp_path / "a", args={"precision": "float32"}, seed=0),
+        run_folder(tmp_path / "b", args={"precision": "bfloat16"}, seed=1),
+    ]
+    out = table(capsys, "--machine", "fan", "--run", *map(str, runs))
+    lines = [line for line in out.splitlines() if str(tmp_path) in line]
+    assert len(lines) == 2 and "trained in float32" in lines[0] and "bfloat16" in lines[1]
