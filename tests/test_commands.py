@@ -318,12 +318,13 @@ def test_the_picture_shows_the_training_clips_labels_and_any_name(small, monkeyp
     for i in range(8):
         wav(f"data/pump/train/{i}.wav", 8000 + i)
         wav(f"data/pump/test/a$b_{i}$.wav", 9000 + i)
+    shutil.copy("data/pump/train/0.wav", "data/pump/test/same.wav")  # its score is 0
     odd = os.fsencode("data/pump/test/") + b"\xf6 $x^2$.wav"
     shutil.copy("data/pump/test/a$b_0$.wav", odd)
     score.main([*PUMP, "--pretrained", "--percentile", "100"])
     with open("runs/pretrained-pump/report_pump.csv", errors="surrogateescape") as file:
         names = [line.split(",")[0] for line in file][1:]
-    # nothing is above the threshold, so the lowest of the anomalies is the worst miss
+    # the highest is an anomaly, and so is the lowest: the worst miss
     lines = [f"{names[0]},1", *(f"{name},0" for name in names[1:-1]), f"{names[-1]},1"]
     Path("data/pump/labels.csv").write_bytes("\n".join(lines).encode("utf-8", "surrogateescape"))
     titles, legends = [], []
@@ -337,7 +338,7 @@ def test_the_picture_shows_the_training_clips_labels_and_any_name(small, monkeyp
     monkeypatch.setattr(Figure, "savefig", seen)
     score.main([*PUMP, "--pretrained", "--percentile", "100", "--plot"])
     assert legends[0].startswith("training clips") and legends[1:3] == [
-        "labelled normal (7)",
+        "labelled normal (8)",
         "labelled anomaly (2)",
     ]
     headings = [title.split(",")[0] for title in titles if ", score" in title]

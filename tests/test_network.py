@@ -57,7 +57,7 @@ def public_logits(weights: Path, wave: torch.Tensor) -> torch.Tensor:
 
 def check_fan(n_train: int, n_test: int) -> None:
     """fan is fetched, has the clips of the official table, and is scored by the untouched AST."""
-    data.prepare(["fan"], "data", "train")
+    data.prepare(["fan"], "data", ["train"])
     clips = {split: data.list_clips("data", "fan", split) for split in ("train", "test")}
     assert (len(clips["train"]), len(clips["test"])) == (n_train, n_test)
     assert all(clip.domain and clip.attributes for clip in clips["train"] + clips["test"])
