@@ -36,12 +36,12 @@ from lora import add_lora, count_parameters, load_trained_state, trained_state
 # flag, default, meaning [who chose the default: see README.md]
 HYPERPARAMETERS = {
     "LoRA": [
-        ("--tuning", "lora", "adapters (lora), the whole AST (full), or neither (frozen) [paper]"),
-        ("--rank", 64, "r of the update [paper]"),
+        ("--tuning", "lora", "adapters (lora), the whole AST (full), or neither (frozen) [abstract]"),
+        ("--rank", 64, "r of the update [reported]"),
         ("--alpha", None, "scales the update by alpha/rank; left out: alpha = rank [our choice]"),
         ("--dropout", 0.0, "on the update's input [ASDKit]"),
         ("--targets", ["q", "v"], "linear layers that get it: q k v proj fc1 fc2 [ASDKit]"),
-        ("--layers", "all", "blocks that get it: all, 8-11, 0,5 [paper]"),
+        ("--layers", "all", "blocks that get it: all, 8-11, 0,5 [reported]"),
     ],
     "head": [
         ("--pooling", "asp", "attentive statistics or mean of patches, or cls tokens [same lab]"),

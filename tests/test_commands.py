@@ -44,30 +44,32 @@ def test_help_has_a_line_for_every_flag(name, capsys):
         assert re.search(r"[a-z]{3}|\(.*\)", flag[1]), f"{flag[0]} has no help"
 
 
-def test_every_training_default_tells_where_it_comes_from(capsys):
+def test_the_readmes_table_is_that_of_train_py(capsys):
+    """Each hyper-parameter: its default and who chose it, in README.md, in -h and in the parser."""
+    rows = {}
+    for line in README.splitlines():
+        if match := re.match(r"\| `(--[\w-]+)` \|", line):
+            rows[match[1]] = [cell.strip() for cell in line.split("|")[2:4]]
     with pytest.raises(SystemExit):
         train.main(["--help"])
-    text = re.sub(r"\s+", " ", capsys.readouterr().out)
-    parameters = "tuning rank alpha dropout targets layers pooling embedding epochs batch-size lr ast-lr warmup weight-decay"
-    for name in [*parameters.split(), "time-mask", "freq-mask", "margin", "scale"]:
-        line = text[text.index(f" --{name} ") :].split(" --")[1]
-        assert re.search(r"\[(paper|same lab|ASDKit|our choice|AST)", line), (
-            f"--{name} does not say where it comes from"
-        )
+    help_ = re.sub(r"\s+", " ", capsys.readouterr().out)
+    parsed = vars(train.make_parser().parse_args(["--machine", "fan"]))
+    for flags in train.HYPERPARAMETERS.values():
+        for flag, default, meaning in flags:
+            source = re.fullmatch(r".*\[(.*)\]", meaning)[1]
+            shown = " ".join(default) if isinstance(default, list) else str(default)
+            assert rows.pop(flag) == ["= rank" if flag == "--alpha" else shown, source], flag
+            assert meaning in help_
+            value = parsed[flag.strip("-").replace("-", "_")]
+            assert value == (None if flag == "--layers" else default), flag
+    assert set(rows) == {"--machine", "--percentile"}
 
 
-def test_the_defaults_are_those_that_the_readme_lists():
-    defaults = vars(train.make_parser().parse_args(["--machine", "fan"]))
-    expected = {
-        "tuning": "lora", "rank": 64, "alpha": None, "dropout": 0.0, "targets": ["q", "v"], "layers": None,
-        "pooling": "asp", "embedding": 256, "scale": 30.0, "margin": 0.2, "time_mask": 80, "freq_mask": 80,
-        "lr": 1e-4, "ast_lr": 1e-5, "warmup": 360, "weight_decay": 0.01, "epochs": 25, "batch_size": 32,
-        "seed": 0, "micro_batch": None,
-    }  # fmt: skip
-    assert {name: defaults[name] for name in expected} == expected
+def test_the_defaults_of_scoring_are_those_that_the_readme_lists():
     scoring = vars(score.make_parser().parse_args(["--machine", "fan"]))
     expected = {"k": 1, "normalize": "none", "percentile": 90.0, "pooling": None, "plot": False}
     assert {name: scoring[name] for name in expected} == expected
+    assert vars(train.make_parser().parse_args(["--machine", "fan"]))["micro_batch"] is None
 
 
 @pytest.mark.parametrize("name", ["train.py", "score.py", "evaluate.py"])
@@ -87,7 +89,8 @@ def test_help_begins_with_two_usual_commands(name, capsys):
 SHELL = """
 python() { (flock 9; printf '%q ' "$@" >&$REQUEST; echo >&$REQUEST; read -r status <&$REPLY; exit $status) 9>lock; }
 pip() { :; }
-sbatch() { SLURM_ARRAY_TASK_ID=0; eval "${@: -1}"; }
+sbatch() { (export SLURM_ARRAY_TASK_ID=3; eval "${@: -1}"); }
+export -f python pip
 set -e
 """
 
@@ -121,12 +124,8 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
     monkeypatch.setattr(data, "DEV", ["fan", "valve"])
     monkeypatch.setattr(data, "EVAL", ["bandsaw"])
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    blocks = (
-        blocks.replace("in 0 1 2 3;", "in 0;")
-        .replace("{0,1,2,3}", "0")
-        .replace("8-11", "1")
-        .replace("0-3", "0")
-    )
+    for long, short in (("in 0 1 2 3;", "in 0;"), ("{0,1,2,3}", "0"), ("8-11", "1"), ("0-3", "0")):
+        blocks = blocks.replace(long, short)
     assert not [line for line in blocks.splitlines() if len(line) > 100]
 
     (request, to_us), (from_us, reply) = os.pipe(), os.pipe()
@@ -159,7 +158,7 @@ def test_the_readme_names_every_flag_of_the_method():
     flags = set(re.findall(r"--[a-z][a-z-]*", README))
     for module in (train, score):
         for flag in re.findall(r'add\("(--[a-z-]+)"', Path(module.__file__).read_text()):
-            if flag not in ("--workers", "--help"):
+            if flag not in ("--workers", "--device", "--help"):
                 assert flag in flags, f"{flag} is not in the README"
 
 
@@ -264,30 +263,21 @@ def test_the_made_up_faults_are_no_giveaway(tmp_path):
     ), means
 
 
-def numbers_of(out: str) -> list[tuple[str, ...]]:
-    """The stages and shapes of a walk's output or of the README's."""
-    return re.findall(
-        r"^ *(\w+\.py): (\w+)(?: \d of \d| takes)? +\S.*? (\(\d[\d, ]*\)) +mean", out, re.MULTILINE
-    )
-
-
-def test_the_walk_goes_through_the_real_code_and_the_readme_shows_its_shapes(
+def test_the_walk_goes_through_the_real_code_and_the_readme_shows_three_lines(
     tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
     make_machine = demo.make_machine
     monkeypatch.setattr(demo, "make_machine", lambda root, name: make_machine(root, name, 12, 1))
     walk.main([])
-    stages = numbers_of(out := capsys.readouterr().out)
+    out = capsys.readouterr().out
+    stages = re.findall(r"^(\w+\.py: \w+).*?(\(\d[\d, ]*\)) +mean", out, re.MULTILINE)
     front = ["read_wav", "filter_bank", "log_mel", "fit_frames", "normalise", "SpecAug"]
-    assert [name for _, name, _ in stages[:6]] == front and stages[-1][1] == "nearest"
-    assert (
-        "backbone.py",
-        "AST",
-        "(1, 1214, 64)",
-    ) in stages and "nearest training clip, of 8" in out
-    assert numbers_of(README) == stages
-    assert walk.main([str(data.list_clips("data/demo", "fan", "test")[0].path)]) is None
+    assert [name.split()[1] for name, _ in stages[:6]] == front
+    assert ("backbone.py: AST", "(1, 1214, 64)") in stages and "nearest training clip, of 8" in out
+    shown = re.findall(r"^(\w+\.py: \w+) .*?(\(\d[\d, ]*\)) +mean", README, re.MULTILINE)
+    assert len(shown) == 3 and set(shown) <= set(stages)
+    walk.main([str(data.list_clips("data/demo", "fan", "test")[0].path)])
 
 
 def figure_size(path: Path) -> tuple[int, int]:
