@@ -9,7 +9,7 @@ A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins), with D di
 
     Attention(z) = proj(softmax(q kᵀ / √64) v)               q, k, v: linear in z, heads of 64
 
-and what turns its tokens into the one vector that is scored:
+The tokens then become one vector, the embedding, of which the score is made:
 
     embedding = linear(pool(tokens)) / ‖linear(pool(tokens))‖
 
@@ -98,13 +98,13 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        B, T, F = x.shape
-        if (T, F) != (N_FRAMES, N_MELS):
-            raise ValueError(f"the AST needs {N_FRAMES} frames of {N_MELS} mel bins, got {(T, F)}")
+        if x.shape[1:] != (N_FRAMES, N_MELS):
+            raise ValueError(f"the AST needs (B, {N_FRAMES}, {N_MELS}), got {tuple(x.shape)}")
         image = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T): frequency is its height
         patches = self.patch_embed(image)  # (B, D, 12, 101)
         patches = patches.flatten(2).transpose(1, 2)  # (B, 1212, D): time runs fastest
-        cls, dist = self.cls_token.expand(B, -1, -1), self.dist_token.expand(B, -1, -1)
+        cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
+        dist = self.dist_token.expand(len(x), -1, -1)
         z = torch.cat([cls, dist, patches], dim=1) + self.pos_embed  # (B, 1214, D)
         for block in self.blocks:
             z = block(z)
@@ -119,7 +119,7 @@ class ClassTokenPooling(nn.Module):
 
 
 class PatchMeanPooling(nn.Module):
-    """Mean of the patch tokens, as other untouched models are compared: (B, N, D) -> (B, D)."""
+    """Mean of the patch tokens, as in published comparisons of untouched models."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         return tokens[:, 2:].mean(dim=1)
@@ -131,7 +131,8 @@ class AttentiveStatisticsPooling(nn.Module):
         a = softmax over the tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])
         out = [Σ a h,  √Σ a (h - Σ a h)²]
 
-    The weights a differ from token to token and from dimension to dimension.
+    The weights a differ from token to token and from dimension to dimension. W₁ has a bias; to W₂
+    it would add nothing, as the softmax runs over the tokens.
     Source: ECAPA-TDNN (Desplanques et al. 2020, arXiv 2005.07143), equations 1 to 4 with the global
     context of their section 3.1, without its batch normalisation.
     """
@@ -142,11 +143,11 @@ class AttentiveStatisticsPooling(nn.Module):
         # so it is computed once a clip and not 1212 times.
         self.hidden_of_token = nn.Linear(dim, hidden)
         self.hidden_of_context = nn.Linear(2 * dim, hidden, bias=False)
-        self.weights = nn.Linear(hidden, dim)
+        self.weights = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = tokens[:, 2:]  # (B, 1212, D)
-        std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D) each
+        std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D), unweighted
         context = self.hidden_of_context(torch.cat([mean, std], dim=2))  # (B, 1, hidden)
         hidden = torch.tanh(self.hidden_of_token(h) + context)  # (B, 1212, hidden)
         a = self.weights(hidden).softmax(dim=1)  # (B, 1212, D)
@@ -170,10 +171,10 @@ class Embedder(nn.Module):
         self.ast = ast
         if pooling == "asp":
             self.pooling, pooled = AttentiveStatisticsPooling(dim), 2 * dim
+        elif pooling == "mean":
+            self.pooling, pooled = PatchMeanPooling(), dim
         else:
             self.pooling, pooled = ClassTokenPooling(), dim
-            if pooling == "mean":
-                self.pooling = PatchMeanPooling()
         self.linear = nn.Identity() if embedding is None else nn.Linear(pooled, embedding)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """From WAV files to what the network sees, and from file names to labels.
 
     wave (n_samples,)  mono, 16 kHz, in [-1, 1]
-      -> log_mel       X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])      (T frames, 128 bins)
-      -> fit_frames    zeros up to T = 1024 frames, or cut                      (1024, 128)
+      -> log_mel       X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])      (n_frames, 128)
+      -> fit_frames    zeros up to 1024 frames, or cut                          (1024, 128)
       -> normalise     (X + 4.268) / (2 · 4.569)                                (1024, 128)
       -> SpecAug       in training, a random stripe of time and one of frequency become 0
 
-Frame t has 25 ms from t · 10 ms on; less its mean, it is pre-emphasised and windowed.
-M are triangular mel filters, ε is 1.19e-7. Of a clip longer than 1024 frames (10.255 s), training
-takes a random window and scoring several that cover it.
+Frame t is the 25 ms of sound from t · 10 ms on. Its mean is subtracted, then it is pre-emphasised
+and multiplied by a Hann window. M holds triangular mel filters, ε is 1.19e-7. A clip longer than
+1024 frames (10.255 s) is heard through windows of that length: one random window an epoch in
+training, and in scoring as many as cover it.
 
 The files are <data>/<machine>/{train,test}/*.wav, the challenge's or one's own.
 
@@ -33,6 +34,112 @@ FRAME, HOP, FFT = 400, 160, 512  # samples: a frame of 25 ms every 10 ms, padded
 N_FRAMES, N_MELS = 1024, 128  # what the AST takes
 WINDOW = FRAME + (N_FRAMES - 1) * HOP  # 164,080 samples, 10.255 s: exactly 1024 frames
 MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's own training
+
+
+# Files and their names
+
+
+def read_wav(path: str | Path) -> Tensor:
+    """Any WAV file as mono 16 kHz in [-1, 1]: (n_samples,) float32.
+
+    The AST was trained on such waves. At the scale of int16 every log-mel value would be too large
+    by ln(32768²) = 20.8, and the results would still look plausible.
+    ValueError, naming file and reason: unreadable, truncated, empty, not finite, another encoding.
+    """
+    samples, rate = read_samples(path)  # (n, channels) float32 in [-1, 1], at any rate
+    return resample(samples.mean(dim=1), rate, SAMPLE_RATE)
+
+
+class Clip(NamedTuple):
+    """A WAV file and what its name says; None and '' where it says nothing."""
+
+    path: Path
+    machine: str
+    split: str  # "train" or "test"
+    domain: str | None  # "source" or "target"
+    is_anomaly: bool | None
+    attributes: str  # "vel_9_loc_A"; with the machine, the class that training tells apart
+
+
+CLIP_NAME = (
+    r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}(?:_(.*))?\.(?i:wav)"
+)
+
+
+def parse_clip(path: str | Path) -> Clip:
+    """fan/test/section_00_source_test_anomaly_0022_m-n_W.wav is of the machine fan and the split
+    test, source, an anomaly, with the attributes m-n_W.
+
+    A name of another form is a clip without labels: the evaluation set's section_00_0000.wav, or
+    one's own recordings.
+    """
+    path = Path(path)
+    domain, label, attributes = None, None, None
+    if match := re.fullmatch(CLIP_NAME, path.name):
+        domain, label, attributes = match.groups()
+    is_anomaly = {"normal": False, "anomaly": True}.get(label)
+    machine, split = path.parent.parent.name, path.parent.name
+    return Clip(path, machine, split, domain, is_anomaly, attributes or "")
+
+
+# Windows of clips, and batches of windows
+
+
+def count_frames(n_samples: int | Tensor) -> int | Tensor:
+    """How many whole frames fit: 998 into 10 s, 1198 into 12 s."""
+    return 1 + (n_samples - FRAME) // HOP
+
+
+def window_starts(n_samples: int) -> list[int]:
+    """Where a clip's windows begin, in samples: as few as cover it, evenly spaced."""
+    n_frames = count_frames(n_samples)
+    count = math.ceil(n_frames / N_FRAMES)
+    last = max(0, n_frames - N_FRAMES)  # first frame of the last window
+    return [round(frame) * HOP for frame in np.linspace(0, last, count)]
+
+
+class RandomWindows:
+    """Sampler of an epoch: every clip once, in random order, at a random window.
+
+    It yields (index of the clip, first sample), and draws all of them when it begins, so that the
+    other random numbers of training are the same however far the loader reads ahead.
+    """
+
+    def __init__(self, clip_lengths: list[int]):
+        self.clip_lengths = torch.tensor(clip_lengths)
+
+    def __len__(self) -> int:
+        return len(self.clip_lengths)
+
+    def __iter__(self):
+        spare = (count_frames(self.clip_lengths) - N_FRAMES).clamp(min=0)  # beyond one window
+        start = (torch.rand(len(spare)) * (spare + 1)).long() * HOP
+        for index in torch.randperm(len(spare)).tolist():
+            yield index, start[index].item()
+
+
+class Windows(torch.utils.data.Dataset):
+    """windows[index, start] is the sound of a clip from a sample on, and the clip's index.
+
+    The sound has 164,080 samples, or fewer where the clip ends.
+    """
+
+    def __init__(self, clips: list[Clip]):
+        self.clips = clips
+        self.last_index, self.last_wave = None, None  # the windows of a clip follow each other
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, start = item
+        if index != self.last_index:
+            self.last_index, self.last_wave = index, read_wav(self.clips[index].path)
+        return self.last_wave[start : start + WINDOW], index
+
+
+def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Waves (B, n_samples), padded with zeros; their lengths (B,); the clips' indices (B,)."""
+    waves, indices = zip(*items)
+    lengths = [len(wave) for wave in waves]
+    return pad_sequence(waves, batch_first=True), torch.tensor(lengths), torch.tensor(indices)
 
 
 # From samples to spectrograms
@@ -65,16 +172,16 @@ def log_mel(waves: Tensor) -> Tensor:
     if not waves.is_floating_point() or waves.ndim != 2 or waves.shape[1] < FRAME:
         got = f"{waves.dtype} {tuple(waves.shape)}"
         raise ValueError(f"log_mel needs float waves (B, at least {FRAME} samples), got {got}")
-    if waves.device.type == "cpu":  # one clip at a time: its frames fit into the cache
+    if waves.device.type == "cpu":  # faster: the frames of one clip fit into the CPU's cache
         return torch.cat([filter_bank(wave.unfold(1, FRAME, HOP)) for wave in waves.split(1)])
     return filter_bank(waves.unfold(1, FRAME, HOP))
 
 
 def filter_bank(frames: Tensor) -> Tensor:
     """The equation of X above: frames (B, T, 400) -> (B, T, 128)."""
-    # The mean goes frame by frame: subtracting the wave's, as AST's own code does, adds nothing.
+    # AST's code first subtracts the mean of the whole wave, which this makes redundant.
     frames = frames - frames.mean(dim=2, keepdim=True)
-    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # the first sample is repeated
+    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # each sample's predecessor
     frames -= 0.97 * before
     frames *= torch.hann_window(FRAME, periodic=False, device=frames.device)
     power = torch.fft.rfft(frames, n=FFT).abs().square_()  # (B, T, 257)
@@ -130,108 +237,6 @@ def stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
     start = (torch.rand(B, 1, device=device) * (size - width + 1)).long()
     position = torch.arange(size, device=device)
     return (start <= position) & (position < start + width)
-
-
-# Windows of clips, and batches of windows
-
-
-def count_frames(n_samples: int | Tensor) -> int | Tensor:
-    """How many whole frames fit: 998 into 10 s, 1198 into 12 s."""
-    return 1 + (n_samples - FRAME) // HOP
-
-
-def window_starts(n_samples: int) -> list[int]:
-    """First samples of the fewest evenly spaced windows that cover a clip: [0] if one is enough."""
-    n_frames = count_frames(n_samples)
-    count = math.ceil(n_frames / N_FRAMES)
-    last = max(0, n_frames - N_FRAMES)  # first frame of the last window
-    return [round(frame) * HOP for frame in np.linspace(0, last, count)]
-
-
-class RandomWindows:
-    """What training hears in one epoch: every clip once, in random order, at a random window.
-
-    Iterating gives (index of the clip, first sample); it draws them all at once from PyTorch's
-    generator. lengths: of the clips, in samples.
-    """
-
-    def __init__(self, lengths: list[int]):
-        self.lengths = torch.tensor(lengths)
-
-    def __len__(self) -> int:
-        return len(self.lengths)
-
-    def __iter__(self):
-        spare = (count_frames(self.lengths) - N_FRAMES).clamp(min=0)  # frames beyond one window
-        start = (torch.rand(len(spare)) * (spare + 1)).long() * HOP
-        for index in torch.randperm(len(spare)).tolist():
-            yield index, start[index].item()
-
-
-class Windows(torch.utils.data.Dataset):
-    """Item (index of the clip, first sample) is (at most 164,080 samples from there on, index)."""
-
-    def __init__(self, clips: list["Clip"]):
-        self.clips = clips
-        self.index = None  # of the last clip read, so that its next window needs no second reading
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        index, start = item
-        if index != self.index:
-            self.index, self.wave = index, read_wav(self.clips[index].path)
-        return self.wave[start : start + WINDOW], index
-
-
-def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Waves (B, n_samples), padded with zeros; their lengths (B,); the clips' indices (B,)."""
-    waves, indices = zip(*items)
-    lengths = [len(wave) for wave in waves]
-    return pad_sequence(waves, batch_first=True), torch.tensor(lengths), torch.tensor(indices)
-
-
-# Files and their names
-
-
-def read_wav(path: str | Path) -> Tensor:
-    """Any WAV file as mono 16 kHz in [-1, 1]: (n_samples,) float32.
-
-    The AST was trained on such waves. At the scale of int16 every log-mel value would be too large
-    by ln(32768²) = 20.8, and the results would still look plausible.
-    ValueError, naming file and reason: unreadable, truncated, empty, not finite, another encoding.
-    """
-    samples, rate = read_samples(path)  # (n, channels) float32 in [-1, 1], at any rate
-    return resample(samples.mean(dim=1), rate, SAMPLE_RATE)
-
-
-class Clip(NamedTuple):
-    """A WAV file and what its name says; None and '' where it says nothing."""
-
-    path: Path
-    machine: str
-    split: str  # "train" or "test"
-    domain: str | None  # "source" or "target"
-    is_anomaly: bool | None
-    attributes: str  # "vel_9_loc_A"; with the machine, the class that training tells apart
-
-
-CLIP_NAME = (
-    r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}(?:_(.*))?\.(?i:wav)"
-)
-
-
-def parse_clip(path: str | Path) -> Clip:
-    """fan/test/section_00_source_test_anomaly_0022_m-n_W.wav: fan, test, source, True, "m-n_W".
-
-    A name of another form is a clip without labels: the evaluation set's section_00_0000.wav, or
-    one's own recordings.
-    """
-    path = Path(path)
-    domain, label, attributes = None, None, None
-    if match := re.fullmatch(CLIP_NAME, path.name):
-        domain, label, attributes = match.groups()
-    is_anomaly = None if label is None else label == "anomaly"
-    machine, split = path.parent.parent.name, path.parent.name
-    return Clip(path, machine, split, domain, is_anomaly, attributes or "")
 
 
 # ---------------------------------------------- plumbing: not needed to follow the method

@@ -24,12 +24,9 @@ import numpy as np
 from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 
-ROWS = {
-    "auc_source": "AUC source",
-    "auc_target": "AUC target",
-    "pauc": "pAUC",
-}  # of the official score
-EPS = sys.float_info.epsilon  # the official code's guard: 0 / 0 is then 0
+# The three figures of a machine in the official score.
+ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
+EPS = sys.float_info.epsilon  # the official code's guard against zeros
 
 
 def machine_metrics(
@@ -38,7 +35,7 @@ def machine_metrics(
     is_target: np.ndarray,
     decisions: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """The figures of one machine's test clips, 0 to 1, from arrays (n,).
+    """All metrics of one machine, each from 0 to 1, from an entry per test clip, (n,).
 
     Returns auc_source, auc_target, pauc, and precision, recall and f1 of each domain. NaN where one
     is undefined: an AUC without normal clips or anomalies, the others without clips or decisions.
@@ -65,7 +62,7 @@ def machine_metrics(
 
 
 def auc(is_anomaly: np.ndarray, scores: np.ndarray, max_fpr: float | None = None) -> float:
-    """NaN where it is undefined: without a normal clip or without an anomaly."""
+    """ROC AUC; NaN without a normal clip or without an anomaly."""
     if is_anomaly.all() or not is_anomaly.any():
         return math.nan
     return roc_auc_score(is_anomaly, scores, max_fpr=max_fpr)

@@ -77,7 +77,7 @@ def add_lora(
     layers   indices into model.blocks, None for all
 
     ValueError: a layer that does not exist, a target that names no linear layer, or one that is
-    wrapped already. Nothing has been changed then.
+    wrapped already. The model is then unchanged.
     """
     depth = len(model.blocks)
     layers = range(depth) if layers is None else sorted(set(layers))

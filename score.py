@@ -12,10 +12,12 @@ Distances differ between the many source and the few target clips. --normalize c
     none      one bank of all training windows, no correction
     test      a bank for each domain, scores less their mean μ and divided by their deviation σ, and
               the smaller of the two. μ and σ are those of the test scores, so this is TRANSDUCTIVE:
-              every score depends on the whole test set (the lab's released RMIS back-end)
+              every score and decision depends on the whole test set (the lab's released RMIS)
     train     the same with μ and σ of the bank's own scores (ours: it needs no test clips)
     density   one bank, d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest
               neighbours in the bank (Wilkinghoff et al. 2025, arXiv 2509.10951)
+
+ρ, and μ and σ under train, are those of the whole bank, also where a training clip is scored.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -56,7 +58,7 @@ def embed(
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
-    d = x @ -y.T  # the rest in place, since d may be large
+    d = x @ -y.T  # and the rest in place, since d may be large
     d += 1
     return d.clip(min=0, out=d)  # rounding may go below 0
 
@@ -66,34 +68,35 @@ def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
 
     ValueError: a row has fewer than k that are finite.
     """
-    others = np.isfinite(d).sum(axis=1).min()
-    if others < k:
-        raise ValueError(f"{k} nearest neighbours need {k} windows of other clips, not {others}")
+    available = np.isfinite(d).sum(axis=1).min()
+    if available < k:
+        raise ValueError(f"{k} nearest neighbours need {k} windows of other clips, not {available}")
+    # Row by row, since d may be too large for a second copy.
     return np.array([np.partition(row, k - 1)[:k].mean() for row in d])
 
 
 def anomaly_scores(
     train: np.ndarray,
     test: np.ndarray,
-    clip: np.ndarray,
+    owner: np.ndarray,
     domain: np.ndarray,
     k: int,
     normalize: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Score the windows of one machine's test clips, and those of its training clips.
 
-    train (n, D) and test (m, D) are embeddings; clip (n,) and domain (n,) tell of each training
-    window which clip it is from, and whether that is "source", "target" or None.
-    Returns the scores of the test windows (m,) and of the training windows (n,).
+    train (n, D) and test (m, D) are embeddings. owner (n,) and domain (n,) tell of each training
+    window which clip it is from, and that clip's domain: "source", "target", or None if its name
+    tells none. Returns the scores of the test windows (m,) and of the training windows (n,).
     ValueError: too few clips for what is asked.
     """
     d_test, d_train = distances(test, train), distances(train, train)  # (m, n), (n, n)
-    d_train[clip[:, None] == clip] = np.inf  # no training clip is its own neighbour
+    d_train[owner[:, None] == owner] = np.inf  # no training clip is its own neighbour
 
     if normalize == "density":
-        density = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); 0 would be equal clips
-        d_test /= density
-        d_train /= density
+        rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
+        d_test /= rho
+        d_train /= rho
     if normalize in ("none", "density"):
         return nearest(d_test, k), nearest(d_train, k)
 
@@ -113,20 +116,20 @@ def anomaly_scores(
     return np.min(of_test, axis=0), np.min(of_train, axis=0)
 
 
-def most_anomalous(scores: np.ndarray, clip: np.ndarray) -> np.ndarray:
-    """The window of each clip that has its highest score: scores (m,), clip (m,) -> (clips,)."""
-    best = {}
-    for window, index in enumerate(clip.tolist()):
-        if index not in best or scores[window] > scores[best[index]]:
-            best[index] = window
-    return np.array(list(best.values()))
+def most_anomalous(scores: np.ndarray, owner: np.ndarray) -> np.ndarray:
+    """Which window of each clip has its highest score, the clip's own: (m,), (m,) -> (n_clips,)."""
+    highest = {}
+    for window, clip in enumerate(owner.tolist()):
+        if clip not in highest or scores[window] > scores[highest[clip]]:
+            highest[clip] = window
+    return np.array(list(highest.values()))
 
 
 def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
-    """Decisions (m,) bool, and the threshold: a percentile of the training clips' own scores.
+    """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' own scores.
 
-    A trained model has heard those clips and draws them together, so more of the normal clips that
-    it has not heard exceed the threshold than the percentile says.
+    For a trained model this threshold is low: training has drawn those clips together, so more than
+    10 % of the normal clips that it has not heard will exceed it.
     """
     threshold = np.percentile(train_scores, percentile)
     return scores > threshold, threshold

@@ -33,10 +33,11 @@ from backbone import Embedder, load_ast
 from data import RandomWindows, SpecAug, spectrogram
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
-# flag, default, meaning [who chose the default: see README.md]
+# Flag, default, meaning, and who chose the default: the paper's [abstract], what others have
+# [reported] of it, the [same lab] in later work, [ASDKit]'s independent recipe; see README.md.
 HYPERPARAMETERS = {
     "LoRA": [
-        ("--tuning", "lora", "adapters (lora), the whole AST (full), or neither (frozen) [abstract]"),
+        ("--tuning", "lora", "adapters (lora), all of the AST (full), or none (frozen) [abstract]"),
         ("--rank", 64, "r of the update [reported]"),
         ("--alpha", None, "scales the update by alpha/rank; left out: alpha = rank [our choice]"),
         ("--dropout", 0.0, "on the update's input [ASDKit]"),
@@ -57,8 +58,8 @@ HYPERPARAMETERS = {
     ],
     "optimizer": [
         ("--lr", 1e-4, "AdamW's rate for LoRA, head and class centres [ASDKit]"),
-        ("--ast-lr", 1e-5, "and for the pre-trained weights, under full [AST's own]"),
-        ("--warmup", 360, "steps up to those rates, at most a tenth of the run [same lab]"),
+        ("--ast-lr", 1e-5, "AdamW's rate for the AST's own weights, under full [AST's own]"),
+        ("--warmup", 360, "steps in which the rates rise, at most a tenth of the run [same lab]"),
         ("--weight-decay", 0.01, "AdamW's [our choice]"),
         ("--epochs", 25, "times that every clip is heard [ASDKit]"),
         ("--batch-size", 32, "clips in an optimizer step [same lab]"),
@@ -70,7 +71,7 @@ HYPERPARAMETERS = {
 class ArcFace(nn.Module):
     """Additive angular margin loss (Deng et al. 2019, arXiv 1801.07698, equation 3).
 
-    There is one trained centre a class; the margin is in radians.
+    Each class has one trained centre; the margin is in radians.
     forward: unit-length embeddings (B, dim), labels (B,) -> logits (B, classes) for cross-entropy.
     """
 
@@ -94,16 +95,16 @@ class ArcFace(nn.Module):
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
 
         # Beyond θ = π - m, cos(θ + m) would rise again and reward the worst clips. There the
-        # authors' code (insightface, easy_margin off) goes on falling, in a straight line of cos θ.
+        # authors' code (insightface, easy_margin off) subtracts a constant from cos θ instead.
         line = cos_y - self.margin * math.sin(self.margin)
         with_margin = torch.where(cos_y > -math.cos(self.margin), with_margin, line)
         return self.scale * cos.scatter(1, labels[:, None], with_margin)
 
 
 def make_model(args: argparse.Namespace) -> Embedder:
-    """The pre-trained AST with adapters, pooling and linear layer.
+    """The pre-trained AST under pooling and linear layer.
 
-    What requires a gradient is what --tuning trains.
+    What requires a gradient is trained: the two on top, and of the AST what --tuning says.
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
@@ -121,48 +122,32 @@ def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace):
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
-def train_epoch(
-    model: Embedder, arcface: ArcFace, optimizer, schedule, augment, loader, labels: Tensor,
-    micro_batch: int, progress: tqdm,
-) -> tuple[float, float]:  # fmt: skip
-    """One epoch: every clip is heard once. Returns its mean loss and accuracy.
+def train_step(
+    model: Embedder, arcface: ArcFace, optimizer, x: Tensor, y: Tensor, micro_batch: int
+) -> tuple[float, int]:
+    """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,).
 
-    labels (n,) holds the class of each clip. A batch is one optimizer step; micro_batch of its
-    clips go through the network at once. Accuracy is that of the masked clips, before the step,
-    without margin. ValueError: the loss is not finite.
+    micro_batch of them go through the network at once. Returns the mean loss, and how often the
+    largest cosine, without margin, was that of the true class.
+    ValueError: the loss is not finite; the weights are then as they were.
     """
-    model.train()
-    device = labels.device
-    loss_sum, hits, seen = 0.0, torch.zeros((), device=device), 0
-    for waves, lengths, index in loader:  # (B, n_samples), (B,), (B,)
-        x = augment(spectrogram(waves.to(device), lengths.to(device)))  # (B, 1024, 128)
-        y = labels[index.to(device)]  # (B,)
-
+    mean_loss, hits = 0.0, 0
+    for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch)):
+        with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
+            embedding = model(x_part)  # (b, 256), float32 again
+        cos = arcface.cosines(embedding)  # (b, classes)
+        logits = arcface.logits(cos, y_part)
         # The losses of the parts add up to the mean loss of the batch, and so do their gradients.
-        batch_loss = torch.zeros((), device=device)
-        for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch)):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-                embedding = model(x_part)  # (b, 256)
-            cos = arcface.cosines(embedding)  # (b, classes)
-            logits = arcface.logits(cos, y_part)
-            loss = F.cross_entropy(logits, y_part, reduction="sum") / len(y)
-            loss.backward()
-            batch_loss += loss.detach()
-            hits += (cos.argmax(dim=1) == y_part).sum()
+        loss = F.cross_entropy(logits, y_part, reduction="sum") / len(y)
+        loss.backward()
+        mean_loss += loss.detach()
+        hits += (cos.argmax(dim=1) == y_part).sum()
 
-        # A bad loss stops the run before it spoils the weights.
-        if not batch_loss.isfinite():
-            raise ValueError(DIVERGED.format("the loss", schedule.last_epoch + 1))
-        optimizer.step()
-        optimizer.zero_grad()
-        schedule.step()
-
-        loss_sum += batch_loss.item() * len(y)
-        seen += len(y)
-        mean_loss, accuracy = loss_sum / seen, hits.item() / seen
-        progress.set_postfix(loss=mean_loss, accuracy=accuracy, refresh=False)
-        progress.update(len(y))
-    return mean_loss, accuracy
+    if not mean_loss.isfinite():
+        raise ValueError(DIVERGED.format("the loss"))
+    optimizer.step()
+    optimizer.zero_grad()
+    return mean_loss.item(), hits.item()
 
 
 def train(args: argparse.Namespace) -> None:
@@ -174,41 +159,47 @@ def train(args: argparse.Namespace) -> None:
     clips = []
     for machine in data.machine_names(args.machine):
         clips += data.list_clips(args.data, machine, "train")
-    names = [(clip.machine, clip.attributes) for clip in clips]
-    number = {name: i for i, name in enumerate(sorted(set(names)))}
-    run = Run(args, clips, list(number))
+    class_of_clip = [(clip.machine, clip.attributes) for clip in clips]
+    classes = sorted(set(class_of_clip))
+    number = {name: i for i, name in enumerate(classes)}
+    run = Run(args, clips, classes)
     if run.finished:
         return
-    lengths = [recording.n_samples for recording in data.check_clips(clips)]
+    clip_lengths = [recording.n_samples for recording in data.check_clips(clips)]
     device = torch.device(args.device)
-    labels = torch.tensor([number[name] for name in names], device=device)
+    labels = torch.tensor([number[name] for name in class_of_clip], device=device)
 
-    # What is trained, as it was after the last whole epoch if the run continues.
+    # What is trained: as it was after the last whole epoch, if the run continues.
     torch.manual_seed(seed_of_epoch(args.seed, 0))
     model = make_model(args).to(device)
-    arcface = ArcFace(args.embedding, len(number), args.scale, args.margin).to(device)
+    arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(device)
     optimizer = make_optimizer(model, arcface, args)
     run.restore(model, arcface, optimizer)
     if args.compile:
-        model.compile(dynamic=False)  # one graph for full batches, another for the last one
+        model.compile(dynamic=False)  # a graph for each size of batch
 
     # The learning rates: a linear warm-up, then constant.
     n_steps = args.epochs * math.ceil(len(clips) / args.batch_size)
     warmup = max(1, min(args.warmup, n_steps // 10))
-    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup), run.step - 1)
     print(f"{n_steps:,} steps in {args.epochs} epochs, of which {warmup:,} warm up")
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup), run.step - 1)
 
-    # The epochs. What is random in one comes from its own seed, so a continued run repeats it.
-    loader = data.make_loader(clips, RandomWindows(lengths), args.batch_size, args.workers, device)
+    # The epochs. Each has its own seed, so a run that was interrupted repeats exactly what an
+    # uninterrupted one does.
+    windows = RandomWindows(clip_lengths)
+    loader = data.make_loader(clips, windows, args.batch_size, args.workers, device)
     augment = SpecAug(args.time_mask, args.freq_mask)
-    with run.open(len(clips)) as progress:
+    model.train()
+    with run.open():
         for epoch in range(run.epoch + 1, args.epochs + 1):
             torch.manual_seed(seed_of_epoch(args.seed, epoch))
-            loss, accuracy = train_epoch(
-                model, arcface, optimizer, schedule, augment, loader, labels, args.micro_batch,
-                progress,
-            )  # fmt: skip
-            run.save_epoch(epoch, schedule, loss, accuracy)
+            for waves, lengths, index in loader:  # (B, n_samples), (B,), (B,)
+                x = augment(spectrogram(waves.to(device), lengths.to(device)))  # (B, 1024, 128)
+                y = labels[index.to(device)]  # (B,)
+                loss, hits = train_step(model, arcface, optimizer, x, y, args.micro_batch)
+                run.log_step(loss, hits, len(y))
+                schedule.step()
+            run.save_epoch(epoch)
         run.finish()
 
 
@@ -240,8 +231,7 @@ ONE_CLASS = (
     "other machines (--machine pump fan valve), or skip training: score.py --pretrained"
 )
 DIVERGED = (
-    "{} is not finite at step {}; last.pt holds the epochs before; take a smaller --lr, "
-    "with --overwrite"
+    "{} is not finite; last.pt holds the epochs before; take a smaller --lr, with --overwrite"
 )
 # What a run folder holds beside args.json. With adapter.pt, a run is finished: it is the first to
 # be removed, so that whenever that is cut short, no file is taken for one of the new run.
@@ -259,7 +249,8 @@ class Run:
 
         ValueError: one class only, or another run in the folder.
         """
-        self.args, self.folder = args, Path(args.run)
+        self.args, self.folder, self.n_clips = args, Path(args.run), len(clips)
+        self.loss_sum, self.hits, self.seen = 0.0, 0, 0  # of the epoch so far
         if len(classes) < 2:
             raise ValueError(ONE_CLASS.format(len(clips), "/".join(classes[0])))
         self.record = self.describe(clips, classes)
@@ -335,8 +326,8 @@ class Run:
         del self.checkpoint
 
     @contextmanager
-    def open(self, n_clips: int):
-        """Take the folder, remove what a run before has left, and yield a bar over all epochs.
+    def open(self):
+        """Take the folder, remove what a run before has left, and show a bar over all epochs.
 
         ValueError: another train.py is at work in the folder.
         """
@@ -347,24 +338,37 @@ class Run:
                     path.unlink()
             record = json.dumps(self.record, indent=1)
             data.write_file(self.folder / "args.json", record.encode())
-            total, done = self.args.epochs * n_clips, self.epoch * n_clips
-            with tqdm(total=total, initial=done, unit="clip", disable=None) as bar:
-                yield bar
+            total, done = self.args.epochs * self.n_clips, self.epoch * self.n_clips
+            with tqdm(total=total, initial=done, unit="clip", disable=None) as self.bar:
+                yield
 
-    def save_epoch(self, epoch: int, schedule: LambdaLR, loss: float, accuracy: float) -> None:
+    def log_step(self, loss: float, hits: int, n: int) -> None:
+        """Count an optimizer step on n clips, before the learning rate changes."""
+        self.step += 1
+        self.lr = self.optimizer.param_groups[0]["lr"]
+        self.loss_sum, self.hits, self.seen = (
+            self.loss_sum + n * loss,
+            self.hits + hits,
+            self.seen + n,
+        )
+        values = {"loss": self.loss_sum / self.seen, "accuracy": self.hits / self.seen}
+        self.bar.set_postfix(values, refresh=False)
+        self.bar.update(n)
+
+    def save_epoch(self, epoch: int) -> None:
         """ValueError: a weight is not finite; then nothing is written."""
-        step = schedule.last_epoch
-        lr = self.args.lr * schedule.lr_lambdas[0](step - 1)  # of the last step
         for group in self.optimizer.param_groups:
             if not all(p.isfinite().all() for p in group["params"]):
-                raise ValueError(DIVERGED.format("a weight", step))
-        row = {"epoch": epoch, "step": step, "lr": lr, "loss": loss, "accuracy": accuracy}
-        self.log.append(row)
-        state = {"epoch": epoch, "step": step, "log": self.log}
+                raise ValueError(DIVERGED.format("a weight"))
+        loss, accuracy = self.loss_sum / self.seen, self.hits / self.seen
+        self.loss_sum, self.hits, self.seen = 0.0, 0, 0
+        row = {"epoch": epoch, "step": self.step, "lr": self.lr, "loss": loss}
+        self.log.append(row | {"accuracy": accuracy})
+        state = {"epoch": epoch, "step": self.step, "log": self.log}
         state |= {"model": trained_state(self.model), "arcface": self.arcface.state_dict()}
         save(self.folder / "last.pt", state | {"optimizer": self.optimizer.state_dict()})
         self.write_log()
-        tqdm.write(f"epoch {epoch}: step {step:,}, loss {loss:.4f}, accuracy {accuracy:.3f}")
+        tqdm.write(f"epoch {epoch}: step {self.step:,}, loss {loss:.4f}, accuracy {accuracy:.3f}")
 
     def write_log(self) -> None:
         rows = [list(self.log[0]), *(row.values() for row in self.log)]

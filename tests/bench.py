@@ -1,9 +1,9 @@
 """How fast, against what one would use instead: transformers' AST with peft's LoRA, fed by
 torchaudio's fbank.
 
-    pip install transformers peft          # optional: without them the rows that need them are left out
+    pip install transformers peft          # optional: rows that need them are left out
     python tests/bench.py                  # 5 minutes on two CPU cores; not yet run on a GPU
-    python tests/bench.py --quick          # LoRA step, log-mel and start-up only: 3 minutes on two CPU cores
+    python tests/bench.py --quick          # LoRA step, log-mel and start-up only
 
 Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the
 same input (bare steps and eager: the first row's figure again); each is the median of its rounds.
@@ -154,9 +154,21 @@ def matrix_rate() -> float:
 
 def front_end(step_time: float) -> None:
     def theirs(waves: torch.Tensor) -> torch.Tensor:
-        return torch.stack([
-            fbank(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False, window_type="hanning",
-                  num_mel_bins=128, dither=0.0, frame_shift=10) for wave in waves])  # fmt: skip
+        return torch.stack(
+            [
+                fbank(
+                    wave[None],
+                    htk_compat=True,
+                    sample_frequency=16000,
+                    use_energy=False,
+                    window_type="hanning",
+                    num_mel_bins=128,
+                    dither=0.0,
+                    frame_shift=10,
+                )
+                for wave in waves
+            ]
+        )
 
     for B in (1, 32):
         waves = (torch.rand(B, 160000) * 2 - 1).to(DEVICE)
@@ -165,15 +177,25 @@ def front_end(step_time: float) -> None:
         )
         difference = (data.log_mel(waves) - theirs(waves)).abs().max().item()
         equal = "bit-equal" if difference == 0 else f"within {difference:.0e}"
-        row(f"log-mel, batch {B}, {equal}", f"{1e3 * ours / B:.2f} ms/clip", f"torchaudio {1e3 * reference / B:.2f}",
-            f"{reference / ours:.2f}", "≥ 1.2" if DEVICE.type == "cpu" else "")  # fmt: skip
+        row(
+            f"log-mel, batch {B}, {equal}",
+            f"{1e3 * ours / B:.2f} ms/clip",
+            f"torchaudio {1e3 * reference / B:.2f}",
+            f"{reference / ours:.2f}",
+            "≥ 1.2" if DEVICE.type == "cpu" else "",
+        )
     if DEVICE.type == "cuda":
         waves = torch.rand(BATCH, 160000, device=DEVICE) * 2 - 1
         lengths = torch.full((BATCH,), 160000, device=DEVICE)
         augment = train.SpecAug(80, 80)
         ours = seconds(lambda: augment(data.spectrogram(waves, lengths)), rounds=20)[0]
-        row("log-mel + SpecAug, share of a step", f"{1e3 * ours:.1f} ms", f"step {1e3 * step_time:.1f} ms",
-            f"{ours / step_time:.1%}", "< 2 %")  # fmt: skip
+        row(
+            "log-mel + SpecAug, share of a step",
+            f"{1e3 * ours:.1f} ms",
+            f"step {1e3 * step_time:.1f} ms",
+            f"{ours / step_time:.1%}",
+            "< 2 %",
+        )
 
 
 def training_steps() -> dict[str, float]:
@@ -194,8 +216,13 @@ def training_steps() -> dict[str, float]:
             theirs = make_step(Theirs(make_ours(tuning, layers), tuning, layers), x)
             kept = memory(ours), memory(theirs)  # the warm-up at the same time
             times[name], reference = seconds(ours, theirs, rounds=rounds, warmup=0)
-            row(f"training step, {name}, batch {BATCH}", f"{BATCH / times[name]:.3g} clips/s",
-                f"transformers + peft {BATCH / reference:.3g}", f"{reference / times[name]:.2f}", aim)  # fmt: skip
+            row(
+                f"training step, {name}, batch {BATCH}",
+                f"{BATCH / times[name]:.3g} clips/s",
+                f"transformers + peft {BATCH / reference:.3g}",
+                f"{reference / times[name]:.2f}",
+                aim,
+            )
             what = "peak memory" if DEVICE.type == "cuda" else "kept for backward"
             row(
                 f"{what}, {name}",
@@ -218,9 +245,13 @@ def training_steps() -> dict[str, float]:
             del one
             rate = matrix_rate()
             flops = BATCH * counter.get_total_flops() / times[name]
-            row(f"share of the matrix rate ({counter.get_total_flops() / 1e12:.2f} TFLOP a clip)",
-                f"{flops / 1e12:.3g} TFLOP/s", f"matrix product {rate / 1e12:.3g}", f"{flops / rate:.0%}",
-                "≥ 50 %" if DEVICE.type == "cuda" else "≥ 85 %")  # fmt: skip
+            row(
+                f"share of the matrix rate ({counter.get_total_flops() / 1e12:.2f} TFLOP a clip)",
+                f"{flops / 1e12:.3g} TFLOP/s",
+                f"matrix product {rate / 1e12:.3g}",
+                f"{flops / rate:.0%}",
+                "≥ 50 %" if DEVICE.type == "cuda" else "≥ 85 %",
+            )
         del model, ours
     if QUICK:
         return times
@@ -255,8 +286,13 @@ def compiled() -> None:
     first = time.perf_counter() - start
     rounds = 15 if DEVICE.type == "cuda" else 2
     again, eager = seconds(steps["compiled"][0], steps["eager"][0], rounds=rounds, warmup=0)
-    row("--compile against eager, LoRA step after a tail batch", f"{BATCH / again:.3g} clips/s",
-        f"eager {BATCH / eager:.3g}", f"{eager / again:.2f}", f"first steps {first:.0f} s")  # fmt: skip
+    row(
+        "--compile against eager, LoRA step after a tail batch",
+        f"{BATCH / again:.3g} clips/s",
+        f"eager {BATCH / eager:.3g}",
+        f"{eager / again:.2f}",
+        f"first steps {first:.0f} s",
+    )
 
 
 def write_clips(folder: Path, machine: str, n: int) -> None:
@@ -291,8 +327,13 @@ def from_files(folder: Path, weights: Path, step_time: float) -> None:
             pass
 
     ours, alone = seconds(from_wav, forward, rounds=2, warmup=0)
-    row(f"embedding {n} WAV files, merged weights", f"{n / ours:.3g} clips/s", f"alone {n / alone:.3g}",
-        f"{alone / ours:.0%}", "≥ 90 %")  # fmt: skip
+    row(
+        f"embedding {n} WAV files, merged weights",
+        f"{n / ours:.3g} clips/s",
+        f"alone {n / alone:.3g}",
+        f"{alone / ours:.0%}",
+        "≥ 90 %",
+    )
     if DEVICE.type == "cuda":
         full, half = seconds(forward, lambda: forward(bf16=True), rounds=3)
         moved = (1 - (forward()[:batch] * forward(bf16=True)[:batch]).sum(1)).max().item()
@@ -304,8 +345,23 @@ def from_files(folder: Path, weights: Path, step_time: float) -> None:
     (subset / "some" / "train").mkdir(parents=True)
     for path in sorted((folder / "many" / "train").iterdir())[:epoch_clips]:
         (subset / "some" / "train" / path.name).symlink_to(path)
-    argv = ["--machine", "some", "--data", str(subset), "--weights", str(weights), "--run", str(folder / "run"),
-            "--epochs", "2", "--batch-size", str(epoch_batch), "--device", str(DEVICE), "--overwrite"]  # fmt: skip
+    argv = [
+        "--machine",
+        "some",
+        "--data",
+        str(subset),
+        "--weights",
+        str(weights),
+        "--run",
+        str(folder / "run"),
+        "--epochs",
+        "2",
+        "--batch-size",
+        str(epoch_batch),
+        "--device",
+        str(DEVICE),
+        "--overwrite",
+    ]
     ends = []
     save_epoch = train.Run.save_epoch
 
@@ -383,8 +439,12 @@ def growth(folder: Path) -> None:
         sync()
         whole = time.perf_counter() - start
         grown = resident() - before
-        row(f"growth: check, read and log-mel of {n:,} clips, one process", f"{whole:.1f} s (checks {checked:.1f} s)",
-            f"{1e3 * whole / n:.1f} ms/clip", f"{grown:+.0f} MiB")  # fmt: skip
+        row(
+            f"growth: check, read and log-mel of {n:,} clips, one process",
+            f"{whole:.1f} s (checks {checked:.1f} s)",
+            f"{1e3 * whole / n:.1f} ms/clip",
+            f"{grown:+.0f} MiB",
+        )
     for B in (8, 16, 32, 64, 128):
         gpu = DEVICE.type == "cuda"
         model = make_ours(ast=None if gpu else AST(64, 1, 1))
@@ -482,9 +542,8 @@ def main() -> None:
             loader_cost(folder)
             large_machine(folder / "large")
         start_up(folder / "start-up", weights)
-    print(
-        f"{name}; {versions}; batch {BATCH}, {precision}; {time.perf_counter() - START:.0f} s in all\n"
-    )
+    took = f"{time.perf_counter() - START:.0f} s in all"
+    print(f"{name}; {versions}; batch {BATCH}, {precision}; {took}\n")
     print("| what | ours | reference | ratio | aim |\n| --- | ---: | ---: | ---: | ---: |")
     for cells in ROWS:
         print("| " + " | ".join(cells) + " |")

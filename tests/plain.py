@@ -30,8 +30,16 @@ def read(path) -> Tensor:
 
 def mel_frames(wave: Tensor) -> Tensor:
     """(T, 128), the call of the official AST."""
-    return fbank(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False, window_type="hanning",
-                 num_mel_bins=128, dither=0.0, frame_shift=10)  # fmt: skip
+    return fbank(
+        wave[None],
+        htk_compat=True,
+        sample_frequency=16000,
+        use_energy=False,
+        window_type="hanning",
+        num_mel_bins=128,
+        dither=0.0,
+        frame_shift=10,
+    )
 
 
 def network_input(frames: Tensor) -> Tensor:
@@ -85,7 +93,7 @@ def embedding(
         [head["pooling.hidden_of_token.weight"], head["pooling.hidden_of_context.weight"]], 1
     )
     hidden = torch.tanh(context @ W.T + head["pooling.hidden_of_token.bias"])
-    a = (hidden @ head["pooling.weights.weight"].T + head["pooling.weights.bias"]).softmax(1)
+    a = (hidden @ head["pooling.weights.weight"].T).softmax(1)
     mean = (a * h).sum(1)
     std = ((a * (h - mean[:, None]) ** 2).sum(1)).sqrt()
     return F.normalize(torch.cat([mean, std], 1) @ head["linear.weight"].T + head["linear.bias"])
@@ -135,7 +143,7 @@ def train(
     sizes = {
         "pooling.hidden_of_token": (D, 128, True),
         "pooling.hidden_of_context": (2 * D, 128, False),
-        "pooling.weights": (128, D, True),
+        "pooling.weights": (128, D, False),
         "linear": (2 * D, E, True),
     }
     head = {}

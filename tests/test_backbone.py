@@ -124,7 +124,6 @@ def test_attentive_statistics_pooling_is_the_equation():
         torch.tanh(torch.cat([h, context], 1) @ W1.T + pool.hidden_of_token.bias)
         @ pool.weights.weight.T
     )
-    e = e + pool.weights.bias
     a = e.exp() / e.exp().sum(0)
     mean = (a * h).sum(0)
     std = ((a * h**2).sum(0) - mean**2).sqrt()
@@ -236,12 +235,20 @@ def official(ast: AST) -> dict[str, torch.Tensor]:
 def hub(ast: AST) -> dict[str, torch.Tensor]:
     """The names in the Hugging Face hub's files."""
     renames = {
-        "blocks.": "encoder.layer.", "attn.q.": "attention.attention.query.", "attn.k.": "attention.attention.key.",
-        "attn.v.": "attention.attention.value.", "attn.proj.": "attention.output.dense.", "norm1": "layernorm_before",
-        "norm2": "layernorm_after", "mlp.fc1": "intermediate.dense", "mlp.fc2": "output.dense",
-        "cls_token": "embeddings.cls_token", "dist_token": "embeddings.distillation_token",
-        "pos_embed": "embeddings.position_embeddings", "patch_embed": "embeddings.patch_embeddings.projection",
-    }  # fmt: skip
+        "blocks.": "encoder.layer.",
+        "attn.q.": "attention.attention.query.",
+        "attn.k.": "attention.attention.key.",
+        "attn.v.": "attention.attention.value.",
+        "attn.proj.": "attention.output.dense.",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "mlp.fc1": "intermediate.dense",
+        "mlp.fc2": "output.dense",
+        "cls_token": "embeddings.cls_token",
+        "dist_token": "embeddings.distillation_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed": "embeddings.patch_embeddings.projection",
+    }
     return _renamed(ast, renames) | {
         f"classifier.{name}": torch.zeros(5)
         for name in ("layernorm.weight", "layernorm.bias", "dense.weight", "dense.bias")
@@ -251,11 +258,18 @@ def hub(ast: AST) -> dict[str, torch.Tensor]:
 def transformers5(ast: AST) -> dict[str, torch.Tensor]:
     """The names that transformers 5 has in memory."""
     renames = {
-        "blocks.": "layers.", "attn.q.": "attention.q_proj.", "attn.k.": "attention.k_proj.", "attn.v.":
-        "attention.v_proj.", "attn.proj.": "attention.o_proj.", "norm1": "layernorm_before", "norm2": "layernorm_after",
-        "cls_token": "embeddings.cls_token", "dist_token": "embeddings.distillation_token",
-        "pos_embed": "embeddings.position_embeddings", "patch_embed": "embeddings.patch_embeddings.projection",
-    }  # fmt: skip
+        "blocks.": "layers.",
+        "attn.q.": "attention.q_proj.",
+        "attn.k.": "attention.k_proj.",
+        "attn.v.": "attention.v_proj.",
+        "attn.proj.": "attention.o_proj.",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "cls_token": "embeddings.cls_token",
+        "dist_token": "embeddings.distillation_token",
+        "pos_embed": "embeddings.position_embeddings",
+        "patch_embed": "embeddings.patch_embeddings.projection",
+    }
     return _renamed(ast, renames)
 
 
@@ -350,20 +364,41 @@ def vit(state):
     ("change", "message"),
     [
         (vit, "an ImageNet ViT.*pos_embed: .*\\[1, 198, 64\\].*\\[1, 1214, 64\\]"),
-        (lambda s: s | {"v.pos_embed": torch.zeros(1, 146, 64)}, "size mismatch for pos_embed: .*\\[1, 146, 64\\]"),
-        (lambda s: s | {"v.patch_embed.proj.weight": torch.zeros(64, 1, 8, 8)}, "size mismatch for patch_embed.weight"),
-        (lambda s: {k: v for k, v in s.items() if k != "v.dist_token"}, 'Missing key.*"dist_token"'),
+        (
+            lambda s: s | {"v.pos_embed": torch.zeros(1, 146, 64)},
+            "size mismatch for pos_embed: .*\\[1, 146, 64\\]",
+        ),
+        (
+            lambda s: s | {"v.patch_embed.proj.weight": torch.zeros(64, 1, 8, 8)},
+            "size mismatch for patch_embed.weight",
+        ),
+        (
+            lambda s: {k: v for k, v in s.items() if k != "v.dist_token"},
+            'Missing key.*"dist_token"',
+        ),
         (lambda s: {k: v for k, v in s.items() if "blocks.0" not in k}, "Missing key"),
-        (lambda s: s | {"v.blocks.0.attn.gate": torch.zeros(3)}, 'Unexpected key.*"blocks.0.attn.gate"'),
-        (lambda s: s | {"v.blocks.0.mlp.fc1.bias": torch.zeros(9)}, "mismatch for blocks.0.mlp.fc1.bias: .*\\[9\\]"),
+        (
+            lambda s: s | {"v.blocks.0.attn.gate": torch.zeros(3)},
+            'Unexpected key.*"blocks.0.attn.gate"',
+        ),
+        (
+            lambda s: s | {"v.blocks.0.mlp.fc1.bias": torch.zeros(9)},
+            "mismatch for blocks.0.mlp.fc1.bias: .*\\[9\\]",
+        ),
         (lambda s: s | {"v.blocks.0.attn.qkv.bias": torch.tensor(0.0)}, "Missing key"),
-        (lambda s: s | {"v.norm.bias": torch.full((64,), float("nan"))}, "norm.bias has values that are not finite"),
-        (lambda s: s | {"v.norm.bias": torch.zeros(64, dtype=torch.int64)}, "norm.bias is torch.int64"),
+        (
+            lambda s: s | {"v.norm.bias": torch.full((64,), float("nan"))},
+            "norm.bias has values that are not finite",
+        ),
+        (
+            lambda s: s | {"v.norm.bias": torch.zeros(64, dtype=torch.int64)},
+            "norm.bias is torch.int64",
+        ),
         (lambda s: s | {"module.v.norm.bias": torch.zeros(64)}, "two tensors for norm.bias"),
         (lambda s: {}, "not an AST"),
         (lambda s: {"v.norm.weight": torch.zeros(100)}, "multiple of 64"),
     ],
-)  # fmt: skip
+)
 def test_tensors_that_are_no_ast_are_refused_in_one_line(ast, change, message, tmp_path):
     path = save(tmp_path / "ast.pth", change(official(ast)))
     with pytest.raises(ValueError, match=message) as error:

@@ -87,7 +87,10 @@ def test_help_begins_with_two_usual_commands(name, capsys):
 # arguments to this process, which runs the script's main() on them, and waits for the exit status.
 # Loops, globs, cp and && are bash's.
 SHELL = """
-python() { (flock 9; printf '%q ' "$@" >&$REQUEST; echo >&$REQUEST; read -r status <&$REPLY; exit $status) 9>lock; }
+python() {
+  (flock 9; printf '%q ' "$@" >&$REQUEST; echo >&$REQUEST; read -r status <&$REPLY
+   exit $status) 9>lock
+}
 pip() { :; }
 sbatch() { (export SLURM_ARRAY_TASK_ID=3; eval "${@: -1}"); }
 export -f python pip
@@ -299,8 +302,8 @@ def test_the_picture_needs_no_labels_and_no_screen(small, monkeypatch):
 
 
 def test_the_picture_shows_the_training_clips_labels_and_any_name(small, monkeypatch):
-    """Names with $ and bytes that are no UTF-8; labels from labels.csv; the worst miss and the worst
-    false alarm are drawn beside the three highest."""
+    """Names with $ and bytes that are no UTF-8; labels from labels.csv; the worst miss is drawn
+    beside the three highest."""
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.figure import Figure
 
@@ -449,65 +452,142 @@ MESSAGES = [
     ("train.py", [*FAN, "--device", "tpu"], None, "--device tpu: cpu, cuda or cuda:N"),
     ("train.py", [*FAN, "--ran", "4"], None, "unrecognized arguments: --ran 4"),
     ("train.py", [*FAN, "--bach-size", "4"], None, "--bach-size 4; did you mean '--batch-size'?"),
-    ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder,
-     "cannot use runs/x as a run folder (Not a directory); name another with --run"),
+    (
+        "train.py",
+        [*FAN, "--run", "runs/x"],
+        a_file_for_a_folder,
+        "cannot use runs/x as a run folder (Not a directory); name another with --run",
+    ),
     ("score.py", FAN, damaged_record, "runs/fan/args.json is damaged (Expecting value"),
     ("train.py", ["--machine", "../fan"], None, "a machine is the name of a folder in --data"),
     ("train.py", ["--machine", "valve", "fna"], None, "fna/train is missing; did you mean 'fan'?"),
     ("train.py", ["--machine", "toycar"], None, "toycar/train is missing; did you mean 'ToyCar'?"),
     ("score.py", ["--machine", "fna", "--pretrained"], None, "did you mean 'fan'?"),
-    ("train.py", ["--machine", "pmup", *FLAGS], own_machine,
-     "data/pmup/train is missing; did you mean 'pump'?"),
-    ("train.py", ["--machine", "compressor", *FLAGS], None,
-     "data/compressor/train is missing; put train clips (WAV) there"),
+    (
+        "train.py",
+        ["--machine", "pmup", *FLAGS],
+        own_machine,
+        "data/pmup/train is missing; did you mean 'pump'?",
+    ),
+    (
+        "train.py",
+        ["--machine", "compressor", *FLAGS],
+        None,
+        "data/compressor/train is missing; put train clips (WAV) there",
+    ),
     ("train.py", PUMP, empty_folder, "data/pump/train has no WAV file; put train clips there"),
     ("train.py", PUMP, only_mp3, "put train clips there; convert its other sound files"),
-    ("train.py", ["--machine", "pump", "fan", *PUMP[2:]], mp3_called_wav,
-     "data/pump/train/b.wav: is a file of another format, MP3; convert it to WAV"),
+    (
+        "train.py",
+        ["--machine", "pump", "fan", *PUMP[2:]],
+        mp3_called_wav,
+        "data/pump/train/b.wav: is a file of another format, MP3; convert it to WAV",
+    ),
     ("train.py", PUMP, capital_train, "data/pump/Train is there: rename it to train"),
     ("train.py", PUMP, only_test, "data/pump/train is missing; put train clips (WAV) there"),
-    ("score.py", ["--machine", "bearing", *FLAGS, "--pretrained"], own_bearing,
-     "data/bearing/test is missing; put test clips (WAV) there"),
+    (
+        "score.py",
+        ["--machine", "bearing", *FLAGS, "--pretrained"],
+        own_bearing,
+        "data/bearing/test is missing; put test clips (WAV) there",
+    ),
     ("data.py", ["--machine", "bearing"], own_bearing, "nothing is fetched into it"),
-    ("train.py", ["--machine", "fan", *FLAGS], nested,
-     "data/fan/fan/train is nested one folder too deep; move it to data/fan/train"),
-    ("train.py", ["--machine", "fan"], no_fan,
-     "put the file at data/dev_fan.zip; `python tests/demo.py` needs no"),
-    ("train.py", ["--machine", "pump"], own_machine,
-     "put the file at weights/ast.safetensors; `python tests/demo.py` needs no download"),
-    ("train.py", PUMP, own_machine,
-     "all 3 clips are of one class (pump/), so there is nothing to tell apart; train jointly with "
-     "other machines (--machine pump fan valve), or skip training: score.py --pretrained"),
-    ("train.py", ["--machine", "pump", "fan", *PUMP[2:]], damaged_clips,
-     "1 of 11 clips cannot be used (mend or remove them): data/pump/train/b.wav: File format"),
-    ("train.py", ["--machine", "pump", "--weights", "my.pth"], own_machine,
-     "my.pth is missing; `python backbone.py` fetches the public weights to weights/ast"),
-    ("train.py", ["--machine", "pump", "fan", "--weights", "my.csv"], weights_are_a_table,
-     "my.csv: cannot be loaded: truncated, damaged, or not a file of tensors; name another, or"),
-    ("train.py", [*FAN, "--run", "/proc/1/run"], None,
-     "cannot use /proc/1/run as a run folder (No such file or directory); name another with --run"),
-    ("train.py", ["--machine", "fan"], web_page,
-     "weights/ast.safetensors is a web page; delete it, or replace it by what a browser gets from"),
+    (
+        "train.py",
+        ["--machine", "fan", *FLAGS],
+        nested,
+        "data/fan/fan/train is nested one folder too deep; move it to data/fan/train",
+    ),
+    (
+        "train.py",
+        ["--machine", "fan"],
+        no_fan,
+        "put the file at data/dev_fan.zip; `python tests/demo.py` needs no",
+    ),
+    (
+        "train.py",
+        ["--machine", "pump"],
+        own_machine,
+        "put the file at weights/ast.safetensors; `python tests/demo.py` needs no download",
+    ),
+    (
+        "train.py",
+        PUMP,
+        own_machine,
+        "all 3 clips are of one class (pump/), so there is nothing to tell apart; train jointly "
+        "with other machines (--machine pump fan valve), or skip training: score.py --pretrained",
+    ),
+    (
+        "train.py",
+        ["--machine", "pump", "fan", *PUMP[2:]],
+        damaged_clips,
+        "1 of 11 clips cannot be used (mend or remove them): data/pump/train/b.wav: File format",
+    ),
+    (
+        "train.py",
+        ["--machine", "pump", "--weights", "my.pth"],
+        own_machine,
+        "my.pth is missing; `python backbone.py` fetches the public weights to weights/ast",
+    ),
+    (
+        "train.py",
+        ["--machine", "pump", "fan", "--weights", "my.csv"],
+        weights_are_a_table,
+        "my.csv: cannot be loaded: truncated, damaged, or not a file of tensors; name another, or",
+    ),
+    (
+        "train.py",
+        [*FAN, "--run", "/proc/1/run"],
+        None,
+        "cannot use /proc/1/run as a run folder (No such file or directory); name another",
+    ),
+    (
+        "train.py",
+        ["--machine", "fan"],
+        web_page,
+        "weights/ast.safetensors is a web page; delete it, or replace it by what a browser",
+    ),
     ("score.py", FAN, None, "runs/fan is not a run of train.py; train one, or name its folder"),
     ("score.py", [*FAN, "--k", "0"], None, "argument --k: must be at least 1"),
     ("score.py", [*FAN, "--percentile", "101"], None, "argument --percentile: 0 to 100, got 101"),
     ("score.py", [*FAN, "--normalize", "mean"], None, "--normalize: invalid choice: 'mean'"),
-    ("score.py", [*FAN, "--pretrained", "--k", "40"], None,
-     "fan: 40 nearest neighbours need 40 windows of other clips, not 14"),
+    (
+        "score.py",
+        [*FAN, "--pretrained", "--k", "40"],
+        None,
+        "fan: 40 nearest neighbours need 40 windows of other clips, not 14",
+    ),
     ("score.py", [*PUMP, "--pretrained", "--normalize", "train", "--k", "2"], own_machine, None),
-    ("score.py", ["--machine", "pump", "--pretrained"], own_machine,
-     "put the file at weights/ast.safetensors; `python tests/demo.py`"),
-    ("evaluate.py", FAN[:2], None, "runs/fan/anomaly_score_fan_section_00_test.csv is missing; run"),
+    (
+        "score.py",
+        ["--machine", "pump", "--pretrained"],
+        own_machine,
+        "put the file at weights/ast.safetensors; `python tests/demo.py`",
+    ),
+    (
+        "evaluate.py",
+        FAN[:2],
+        None,
+        "runs/fan/anomaly_score_fan_section_00_test.csv is missing; run",
+    ),
     ("evaluate.py", [*FAN[:2], "--run", "runs", "runs/../runs"], None, "names a folder twice"),
-    ("evaluate.py", ["--machine", "pump", "--run", "runs/pretrained-pump"], scored_pump,
-     "the names of pump's clips tell no labels; write data/pump/labels.csv, a line such as 0.wav,1 "
-     "for an anomaly, 2.wav,0 for a normal clip"),
+    (
+        "evaluate.py",
+        ["--machine", "pump", "--run", "runs/pretrained-pump"],
+        scored_pump,
+        "the names of pump's clips tell no labels; write data/pump/labels.csv, a line such as "
+        "0.wav,1 for an anomaly, 2.wav,0 for a normal clip",
+    ),
     ("data.py", ["--machine", "fna"], None, "no machine 'fna'; did you mean 'fan'?"),
     ("data.py", ["--machine", "fan"], no_fan, "put the file at data/dev_fan.zip"),
     ("backbone.py", [], web_page, "weights/ast.safetensors is a web page"),
-    ("backbone.py", ["--weights", "page"], lambda: Path("page").write_text("<html>"),
-     "page: cannot be loaded: a web page"),
-]  # fmt: skip
+    (
+        "backbone.py",
+        ["--weights", "page"],
+        lambda: Path("page").write_text("<html>"),
+        "page: cannot be loaded: a web page",
+    ),
+]
 
 
 @pytest.mark.parametrize(("name", "argv", "prepare", "message"), MESSAGES)
@@ -554,8 +634,14 @@ def test_an_error_has_no_traceback_in_a_real_process(tmp_path):
 def test_the_scripts_are_flat():
     """data and lora import none of our files, the others only what stands before them in the
     flow."""
-    allowed = {"data.py": (), "lora.py": (), "backbone.py": ("data",), "train.py": ("data", "lora", "backbone"),
-               "score.py": ("data", "lora", "backbone", "train"), "evaluate.py": ("data",)}  # fmt: skip
+    allowed = {
+        "data.py": (),
+        "lora.py": (),
+        "backbone.py": ("data",),
+        "train.py": ("data", "lora", "backbone"),
+        "score.py": ("data", "lora", "backbone", "train"),
+        "evaluate.py": ("data",),
+    }
     for name, modules in allowed.items():
         imported = set(
             re.findall(

@@ -44,13 +44,36 @@ def test_a_six_clip_example():
     assert metrics["pauc"] == pytest.approx(0.8245614)
 
 
-EVALUATOR = {  # the 21 values that the official evaluator's README prints for the MSE baseline, and their total
-    "auc_source": [.6667348190554078, .706837186424004, .69428983714698, .7968000000000001, .77, .7212000000000001,
-                   .8816],
-    "auc_target": [.48287671232876717, .5516569200779727, .5604118104118104, .561, .4716, .6468, .45320000000000005],
-    "pauc": [.5091087658743451, .5846166760294185, .5491654428600755, .5368421052631579, .5178947368421053,
-             .5826315789473684, .5947368421052631],
-}  # fmt: skip
+# The 21 values that the official evaluator's README prints for the MSE baseline, and their total.
+EVALUATOR = {
+    "auc_source": [
+        0.6667348190554078,
+        0.706837186424004,
+        0.69428983714698,
+        0.7968000000000001,
+        0.77,
+        0.7212000000000001,
+        0.8816,
+    ],
+    "auc_target": [
+        0.48287671232876717,
+        0.5516569200779727,
+        0.5604118104118104,
+        0.561,
+        0.4716,
+        0.6468,
+        0.45320000000000005,
+    ],
+    "pauc": [
+        0.5091087658743451,
+        0.5846166760294185,
+        0.5491654428600755,
+        0.5368421052631579,
+        0.5178947368421053,
+        0.5826315789473684,
+        0.5947368421052631,
+    ],
+}
 
 
 def test_the_evaluators_21_numbers_give_its_total():
@@ -295,7 +318,7 @@ def test_decisions_must_be_of_the_same_clips(tmp_path):
     )
     with pytest.raises(
         ValueError,
-        match=r"decision_result_fan.*has no row for 1 clips: section_00_source_test_normal_0000_x\.wav",
+        match=r"decision_result_fan.*has no row for 1 clips: section_00_source_test_normal_0000_x",
     ):
         evaluate.evaluate_machine("fan", run, tmp_path)
 
@@ -351,7 +374,8 @@ def test_the_table_of_one_run(tmp_path, capsys):
     out = table(capsys, "--machine", "fan", "valve", "pump", "--run", str(run))
     rows = {m: evaluate.evaluate_machine(m, run, Path("data")) for m in ("fan", "valve", "pump")}
     assert "| % | fan | valve |\n" in out and "| % | pump |\n" in out
-    line = f"| AUC target | {100 * rows['fan']['auc_target']:.2f} | {100 * rows['valve']['auc_target']:.2f} |"
+    fan, valve = (100 * rows[machine]["auc_target"] for machine in ("fan", "valve"))
+    line = f"| AUC target | {fan:.2f} | {valve:.2f} |"
     assert line in out
     total = official_score([rows["fan"], rows["valve"]])
     assert f"official score: **{100 * total:.2f}** (n = 1), partial (2/7)" in out

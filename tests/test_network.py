@@ -100,7 +100,7 @@ def test_fan_is_the_challenges_and_ends_with_a_table():
     check_fan(990 + 10, 200)
 
 
-# ---------------------------------------------------------------- the same functions, against a loopback server
+# ------------------------------------------------- the same functions, against a loopback server
 
 
 def test_the_checks_themselves_against_a_loopback_server(small, server, monkeypatch, capsys):

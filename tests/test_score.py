@@ -188,7 +188,7 @@ def test_the_threshold_is_a_percentile_of_the_training_scores_and_itself_no_anom
     assert decide(np.array([9.0]), np.arange(11.0), 50)[1] == 5.0
 
 
-# ---------------------------------------------------------------- from WAV files to CSV files, against tests/plain.py
+# ------------------------------------------ from WAV files to CSV files, against tests/plain.py
 
 
 @pytest.fixture(scope="module")
@@ -360,8 +360,13 @@ def test_names_with_commas_quotes_and_other_letters_survive(small):
         row[0] for row in rows(Path("runs/pretrained-pump/anomaly_score_pump_section_00_test.csv"))
     ]
     assert found == sorted([*names, "latin-1 \udcf6.wav"])
-    data.write_file("data/pump/labels.csv", b"".join(
-        b'"%s",%d\n' % (os.fsencode(name.replace('"', '""')), i % 2) for i, name in enumerate(found)))  # fmt: skip
+    data.write_file(
+        "data/pump/labels.csv",
+        b"".join(
+            b'"%s",%d\n' % (os.fsencode(name.replace('"', '""')), i % 2)
+            for i, name in enumerate(found)
+        ),
+    )
     evaluate.main(["--machine", "pump", "--run", "runs/pretrained-pump"])
     assert Path("runs/pretrained-pump/metrics.csv").exists()
 

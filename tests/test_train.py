@@ -62,8 +62,22 @@ def test_arcface_worked_example():
     assert arcface.cosines(embedding).argmax(1).tolist() == [1]
 
 
-ANGLES = [0.0, 1e-4, 1e-3, 0.01, 0.3, 1.0, math.pi / 2, 2.5, math.pi - 0.21, math.pi - 0.19, math.pi - 0.01,
-          math.pi - 1e-3, math.pi - 1e-4, math.pi]  # fmt: skip
+ANGLES = [
+    0.0,
+    1e-4,
+    1e-3,
+    0.01,
+    0.3,
+    1.0,
+    math.pi / 2,
+    2.5,
+    math.pi - 0.21,
+    math.pi - 0.19,
+    math.pi - 0.01,
+    math.pi - 1e-3,
+    math.pi - 1e-4,
+    math.pi,
+]
 
 
 @pytest.mark.parametrize("theta", ANGLES)
@@ -161,7 +175,7 @@ def test_windows_of_long_clips_are_drawn_from_all_places_on_the_hop():
     assert all(start == 0 for _, start in drawn([160000] * 9, 0))
 
 
-# ---------------------------------------------------------------- the whole loop, against tests/plain.py
+# ----------------------------------------------------- the whole loop, against tests/plain.py
 
 
 def noisy_clips(folder: Path) -> list[torch.Tensor]:
@@ -200,8 +214,8 @@ def lively_weights(path: str) -> dict[str, torch.Tensor]:
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch):
     """Every trained tensor to 1e-6 and every line of the log, through an uneven last batch.
 
-    Left out are the biases that a softmax does not see (the keys', the pooling weights'): their
-    gradient is rounding noise, of which Adam makes whole steps.
+    Left out are the biases of the keys, which a softmax does not see: their gradient is rounding
+    noise, of which Adam makes whole steps.
     """
     monkeypatch.chdir(tmp_path)
     waves, public = noisy_clips(Path("data/fan/train")), lively_weights("ast.pth")
@@ -225,9 +239,7 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch
     expected = w | head | {"centres": centres}
     found = rename | {n: t for n, t in model.state_dict().items() if not n.startswith("ast.")}
     found |= {"centres": last["arcface"]["centres"]}
-    names = [
-        name for name in expected if not name.endswith(("attn.k.bias", "pooling.weights.bias"))
-    ]
+    names = [name for name in expected if not name.endswith("attn.k.bias")]
     difference = max((found[name] - expected[name]).abs().max().item() for name in names)
     print(
         f"training, {tuning}, {micro_batch} of 4 at once, against a plain loop: "
@@ -256,7 +268,7 @@ def test_only_pretrained_weights_have_their_own_rate(small):
         assert [group["initial_lr"] for group in groups] == expected
         sizes = [len(group["params"]) for group in groups]
         assert (
-            sizes[0] == 8
+            sizes[0] == 7
             and sizes[1:] == {"full": [5 + 2 * 16 + 2], "lora": [2 * 2 * 2], "frozen": []}[tuning]
         )
 
@@ -323,9 +335,9 @@ def test_each_tuning_changes_exactly_what_it_says(small, tuning, capsys):
     count = {"lora": 4 * 64 * 128, "full": sum(t.numel() for t in public.values()), "frozen": 0}[
         tuning
     ]
-    # on top: pooling 64·128 + 128 + 128·128 + 128·64 + 64, linear 128·256 + 256, seven class
+    # on top: pooling 64·128 + 128 + 128·128 + 128·64, linear 128·256 + 256, seven class
     # centres of 256
-    assert f"{count + 32_960 + 33_024 + 1_792:,} trainable parameters" in capsys.readouterr().out
+    assert f"{count + 32_896 + 33_024 + 1_792:,} trainable parameters" in capsys.readouterr().out
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(small):
@@ -499,7 +511,7 @@ def test_a_run_cut_off_in_its_first_epoch_leaves_nothing_of_the_one_before(
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(train, "train_epoch", stop)
+    monkeypatch.setattr(train, "train_step", stop)
     with pytest.raises(SystemExit):
         run("--epochs", "2", *flags)
     assert sorted(path.name for path in folder.iterdir()) == left
@@ -570,14 +582,11 @@ def test_continuing_with_other_clips_or_weights_is_refused(small, monkeypatch, c
 
 
 @pytest.mark.parametrize(
-    ("flags", "step"),
-    [  # batches of 4 and 3 clips, the fourth one fails: that is in the second epoch
-        (["--batch-size", "4"], "step 4"),
-        (["--batch-size", "7", "--micro-batch", "3"], "step 2"),
-    ],
+    "flags",  # batches of 4 and 3 clips; the fourth call fails, in the second epoch
+    [["--batch-size", "4"], ["--batch-size", "7", "--micro-batch", "3"]],
 )
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
-    small, monkeypatch, capsys, flags, step
+    small, monkeypatch, capsys, flags
 ):
     small_machines("fan")
     logits, calls = ArcFace.logits, []
@@ -589,10 +598,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_checkpoint(
     with monkeypatch.context() as patch:
         patch.setattr(ArcFace, "logits", explode)
         message = error_of(capsys, *flags, "--epochs", "3")
-    assert (
-        f"the loss is not finite at {step}; last.pt holds the epochs before; take a smaller --lr"
-        in message
-    )
+    assert "the loss is not finite; last.pt holds the epochs before; take a smaller --lr" in message
     assert (
         backbone.load_file("runs/fan/last.pt")["epoch"] == 1
         and not Path("runs/fan/adapter.pt").exists()
@@ -612,7 +618,7 @@ def test_weights_that_are_not_finite_are_not_kept(small, monkeypatch, capsys):
 
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", spoil)
-        assert "a weight is not finite at step 4" in error_of(capsys)
+        assert "a weight is not finite; last.pt" in error_of(capsys)
     assert backbone.load_file("runs/fan/last.pt")["epoch"] == 1
 
 
@@ -781,7 +787,7 @@ def change_args(**changes) -> None:
         ),
         (
             {"pooling": "cls"},
-            "something else was trained: 5 names differ, pooling.hidden_of_context.weight for one",
+            "something else was trained: 4 names differ, pooling.hidden_of_context.weight for one",
         ),
     ],
 )
@@ -902,7 +908,7 @@ def test_compile_without_a_compiler_says_what_to_install(small):
     def without_compiler(argv):
         os.environ["PATH"] = str(Path("nowhere"))
         os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(Path("cache").resolve())
-        sys.stderr = open("err", "w", buffering=1)
+        sys.stderr = Path("err").open("w", buffering=1)  # noqa: SIM115
         train.main(argv)
 
     assert in_a_process(without_compiler, [*COMMAND, "--compile"]) == 2
@@ -956,7 +962,7 @@ def test_a_disk_that_fills_within_pytorchs_writer_is_one_line(small, capsys):
     def limited(argv):
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
-        sys.stderr = open("err", "w", buffering=1)
+        sys.stderr = Path("err").open("w", buffering=1)  # noqa: SIM115
         train.main(argv)
 
     assert in_a_process(limited, COMMAND) == 2
@@ -980,8 +986,18 @@ def test_training_on_a_gpu_agrees_with_the_cpu(small):
 
 
 @needs_cuda
-@pytest.mark.parametrize("flags", [["--tuning", "full"], ["--tuning", "frozen"], ["--compile"], ["--micro-batch", "2"],
-                                   ["--workers", "0"], ["--workers", "4"], ["--device", "cuda:0"]])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--tuning", "full"],
+        ["--tuning", "frozen"],
+        ["--compile"],
+        ["--micro-batch", "2"],
+        ["--workers", "0"],
+        ["--workers", "4"],
+        ["--device", "cuda:0"],
+    ],
+)
 def test_every_way_to_train_runs_on_a_gpu(small, flags):
     small_machines("fan")
     assert all(math.isfinite(row["loss"]) for row in log_of(run("--device", "cuda", *flags)))

@@ -27,7 +27,8 @@ from score import distances, nearest
 def show(where: str, symbol: str, x: torch.Tensor, more: str = "") -> torch.Tensor:
     shape = str(tuple(x.shape)).replace(",)", ")")
     print(
-        f"{where:40} {symbol:12} {shape:16} mean {x.mean():6.3f}  std {x.std(correction=0):5.3f}  {more}".rstrip()
+        f"{where:40} {symbol:12} {shape:16} "
+        f"mean {x.mean():6.3f}  std {x.std(correction=0):5.3f}  {more}".rstrip()
     )
     return x
 
