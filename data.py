@@ -26,7 +26,6 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.nn.utils.rnn import pad_sequence
 from torchaudio.functional import resample
 
 SAMPLE_RATE = 16000
@@ -82,7 +81,7 @@ def parse_clip(path: str | Path) -> Clip:
     return Clip(path, machine, split, domain, is_anomaly, attributes or "")
 
 
-# Windows of clips, and batches of windows
+# Windows of clips
 
 
 def count_frames(n_samples: int | Tensor) -> int | Tensor:
@@ -116,30 +115,6 @@ class RandomWindows:
         start = (torch.rand(len(spare)) * (spare + 1)).long() * HOP
         for index in torch.randperm(len(spare)).tolist():
             yield index, start[index].item()
-
-
-class Windows(torch.utils.data.Dataset):
-    """windows[index, start] is the sound of a clip from a sample on, and the clip's index.
-
-    The sound has 164,080 samples, or fewer where the clip ends.
-    """
-
-    def __init__(self, clips: list[Clip]):
-        self.clips = clips
-        self.last_index, self.last_wave = None, None  # the windows of a clip follow each other
-
-    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
-        index, start = item
-        if index != self.last_index:
-            self.last_index, self.last_wave = index, read_wav(self.clips[index].path)
-        return self.last_wave[start : start + WINDOW], index
-
-
-def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Waves (B, n_samples), padded with zeros; their lengths (B,); the clips' indices (B,)."""
-    waves, indices = zip(*items)
-    lengths = [len(wave) for wave in waves]
-    return pad_sequence(waves, batch_first=True), torch.tensor(lengths), torch.tensor(indices)
 
 
 # From samples to spectrograms
@@ -266,6 +241,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 
 from scipy.io import wavfile
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 
 # Folders of clips
@@ -548,21 +524,31 @@ def labels_of(machine: str, names: list[str], root: Path) -> tuple[list[bool | N
     return is_anomaly, is_target
 
 
-# What the commands share
-
-# train.py's arguments that change no result. Which kind of device it was does: see `precision`.
-PLACES = {"run", "data", "weights", "workers", "device", "compile", "micro_batch"}
+# Batches
 
 
-def default_run(names: list[str], pretrained: str = "") -> Path:
-    """Where a run of these --machine names is by default: runs/fan, runs/pretrained-fan, ..."""
-    return Path("runs") / (pretrained + "+".join(names))
+class Windows(torch.utils.data.Dataset):
+    """windows[index, start] is the sound of a clip from a sample on, and the clip's index.
+
+    The sound has 164,080 samples, or fewer where the clip ends.
+    """
+
+    def __init__(self, clips: list[Clip]):
+        self.clips = clips
+        self.last_index, self.last_wave = None, None  # the windows of a clip follow each other
+
+    def __getitem__(self, item: tuple[int, int]) -> tuple[Tensor, int]:
+        index, start = item
+        if index != self.last_index:
+            self.last_index, self.last_wave = index, read_wav(self.clips[index].path)
+        return self.last_wave[start : start + WINDOW], index
 
 
-def next_command(script: str, names: list[str], run: str | Path) -> str:
-    """The command line that comes next for this run, printed at the end of a script."""
-    elsewhere = f" --run {shlex.quote(str(run))}" if Path(run) != default_run(names) else ""
-    return f"python {script} --machine {shlex.join(names)}{elsewhere}"
+def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Waves (B, n_samples), padded with zeros; their lengths (B,); the clips' indices (B,)."""
+    waves, indices = zip(*items)
+    lengths = [len(wave) for wave in waves]
+    return pad_sequence(waves, batch_first=True), torch.tensor(lengths), torch.tensor(indices)
 
 
 def make_loader(clips, windows, batch_size: int, workers: int, device: torch.device):
@@ -579,6 +565,23 @@ def make_loader(clips, windows, batch_size: int, workers: int, device: torch.dev
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # so that it draws nothing from the one that training uses
     )
+
+
+# What the commands share
+
+# train.py's arguments that change no result. Which kind of device it was does: see `precision`.
+PLACES = {"run", "data", "weights", "workers", "device", "compile", "micro_batch"}
+
+
+def default_run(names: list[str], pretrained: str = "") -> Path:
+    """Where a run of these --machine names is by default: runs/fan, runs/pretrained-fan, ..."""
+    return Path("runs") / (pretrained + "+".join(names))
+
+
+def next_command(script: str, names: list[str], run: str | Path) -> str:
+    """The command line that comes next for this run, printed at the end of a script."""
+    elsewhere = f" --run {shlex.quote(str(run))}" if Path(run) != default_run(names) else ""
+    return f"python {script} --machine {shlex.join(names)}{elsewhere}"
 
 
 class Parser(argparse.ArgumentParser):

@@ -203,11 +203,6 @@ def train(args: argparse.Namespace) -> None:
         run.finish()
 
 
-def seed_of_epoch(seed: int, epoch: int) -> int:
-    """Epoch 0 stands for the first weights."""
-    return 1_000_000 * seed + epoch
-
-
 # ---------------------------------------------- plumbing: not needed to follow the method
 
 import errno
@@ -239,6 +234,11 @@ SCORES = ["anomaly_score_*.csv", "decision_result_*.csv", "report_*.csv", "metri
           "scoring_*.json", "*.png"]  # fmt: skip
 RESULTS = ["adapter.pt", *SCORES, "embeddings_*.npz", "*.part"]
 PROGRESS = ["last.pt", "log.csv"]
+
+
+def seed_of_epoch(seed: int, epoch: int) -> int:
+    """Epoch 0 stands for the first weights."""
+    return 1_000_000 * seed + epoch
 
 
 class Run:
