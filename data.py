@@ -93,7 +93,7 @@ def window_starts(n_samples: int) -> list[int]:
     """Where a clip's windows begin, in samples: as few as cover it, evenly spaced."""
     n_frames = count_frames(n_samples)
     count = math.ceil(n_frames / N_FRAMES)
-    last = max(0, n_frames - N_FRAMES)  # first frame of the last window
+    last = n_frames - N_FRAMES  # first frame of the last window
     return [round(frame) * HOP for frame in np.linspace(0, last, count)]
 
 

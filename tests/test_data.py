@@ -501,6 +501,11 @@ def test_windows_cover_a_long_clip_evenly(n_samples):
         assert starts == [0]
 
 
+def test_a_window_is_just_long_enough_for_1024_frames():
+    assert data.WINDOW == 164080
+    assert (count_frames(data.WINDOW - 1), count_frames(data.WINDOW)) == (1023, 1024)
+
+
 def test_12_seconds_are_two_windows():
     assert count_frames(192000) == 1198 and window_starts(192000) == [0, 174 * 160]
 
