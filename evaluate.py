@@ -40,7 +40,7 @@ def machine_metrics(
     Returns auc_source, auc_target, pauc, and precision, recall and f1 of each domain. NaN where one
     is undefined: an AUC without normal clips or anomalies, the others without clips or decisions.
     """
-    scores = np.asarray(scores, float)
+    scores = np.asarray(scores)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
     metrics = {"pauc": auc(is_anomaly, scores, max_fpr=0.1)}
     for domain, in_domain in (("source", ~is_target), ("target", is_target)):
@@ -49,7 +49,7 @@ def machine_metrics(
 
         precision = recall = f1 = math.nan
         if decisions is not None and in_domain.any():
-            truth, decided = is_anomaly[in_domain], np.asarray(decisions, bool)[in_domain]
+            truth, decided = is_anomaly[in_domain], np.asarray(decisions)[in_domain]
             hits = (truth & decided).sum()
             precision, recall = hits / max(decided.sum(), EPS), hits / max(truth.sum(), EPS)
             f1 = 2 * precision * recall / max(precision + recall, EPS)

@@ -36,9 +36,7 @@ DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end
 
 
 @torch.inference_mode()
-def embed(
-    model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int = 0
-):
+def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int):
     """Embed all windows of all clips, of `lengths` samples, in the order of the clips.
 
     Yields for each batch the windows' clip indices (B,) and embeddings (B, D) of unit length, in

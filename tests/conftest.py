@@ -65,7 +65,7 @@ def small_machines(*names: str, n_train: int = 7, n_test: int = 1) -> None:
 def embed_all(model, clips: list[data.Clip], batch_size: int = 4) -> np.ndarray:
     """The embeddings (m, D) of all windows of the clips."""
     lengths = [recording.n_samples for recording in data.check_clips(clips)]
-    return np.concatenate([rows for _, rows in score.embed(model, clips, lengths, batch_size)])
+    return np.concatenate([rows for _, rows in score.embed(model, clips, lengths, batch_size, 0)])
 
 
 class Server(http.server.ThreadingHTTPServer):

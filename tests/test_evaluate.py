@@ -86,6 +86,7 @@ def test_the_evaluators_21_numbers_give_its_total():
     )
 
 
+@pytest.mark.filterwarnings("error")
 def test_figures_that_are_undefined_are_nan_and_left_out():
     only_target = machine_metrics([1, 2, 3], [0, 0, 1], [1, 1, 1])
     assert math.isnan(only_target["auc_source"]) and only_target["auc_target"] == 1
