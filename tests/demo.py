@@ -10,22 +10,17 @@ commands, each printed before it runs, with the tiny AST that tests/pretrain.py 
 general sounds, none of them a machine's of this file. Its figures are no figures of DCASE, and this
 is not the AudioSet AST.
 
-The protocol of --all, written before the first comparison was run:
+The protocol, written before the first comparison was run:
 
- 1. Question: with few clips of a machine that pre-training never heard, does LoRA beat a trained
-    head on the frozen AST, and full fine-tuning? Figure: the official score.
- 2. Design 1: 24 modes of operation (ToyCar has 26), 7 training clips each; the modes, and the
-    faults, differ in details of one hum, which no tag of the pre-training depended on.
- 3. Only if that is too hard to tell anything (no trained row above 60 on average), design 2:
-    12 modes of 14 clips. Only if it is too easy (a trained row above 90), design 3: modes and
-    faults half as far apart. No design is left for the order of its rows.
- 4. Choosing names: fan, pump, valve, gearbox. On these, with seed 0, each trained row takes the
-    best on average of three rates, 1e-3, 3e-3, 1e-2 (--choose); full fine-tuning moves the AST's
-    own weights at a tenth of it, as train.py does by default. All else is the same in all rows.
- 5. Final names: auger, chipper, hoist, kiln, winch; seeds 0, 1, 2; run once, when all is chosen.
- 6. Printed, whatever comes out: mean and standard deviation of each row over machines and seeds;
-    LoRA minus as it is, minus frozen, minus full, with the standard error over the machines. LoRA
-    counts as better where its difference is above two standard errors.
+1. Does LoRA beat a trained head on the frozen AST, and full fine-tuning, with few clips of a
+   machine that pre-training never heard? Figure: the official score; same epochs in every row.
+2. Design 1: 24 modes (ToyCar has 26) of 7 training clips; modes and faults differ in details of
+   one hum, which no tag of the pre-training needed. Too hard (no trained row above 60 on average):
+   design 2, 12 modes of 14 clips. Too easy (a row above 90): design 3, details half as far apart.
+3. Rates: on fan, pump, valve, gearbox, seed 0, each trained row takes the best mean of 1e-3, 3e-3,
+   1e-2 (--choose); under "full" the AST's own weights move at a tenth, as in train.py's defaults.
+4. Then once, on auger, chipper, hoist, kiln, winch, seeds 0, 1, 2 (--all). Printed, whatever it is:
+   each row's mean ± standard deviation; LoRA minus each other row ± standard error over machines.
 """
 
 import argparse
