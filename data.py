@@ -551,20 +551,30 @@ def collate(items: list[tuple[Tensor, int]]) -> tuple[Tensor, Tensor, Tensor]:
     return pad_sequence(waves, batch_first=True), torch.tensor(lengths), torch.tensor(indices)
 
 
-def make_loader(clips, windows, batch_size: int, workers: int, device: torch.device):
-    """Yields what `collate` makes of batches of windows: (index of the clip, first sample) each."""
-    return torch.utils.data.DataLoader(
-        Windows(clips),
-        batch_size,
-        sampler=windows,
-        num_workers=workers,
-        persistent_workers=workers > 0,
-        # A batch in waiting for each worker: 2 x 21 MB of shared memory. Docker gives 64 MB.
-        prefetch_factor=1 if workers else None,
-        collate_fn=collate,
-        pin_memory=device.type == "cuda",
-        generator=torch.Generator(),  # so that it draws nothing from the one that training uses
-    )
+class Loader:
+    """Yields what `collate` makes of batches of windows, on the device.
+
+    windows yields (index of the clip, first sample), in the same order or another each time.
+    """
+
+    def __init__(self, clips, windows, batch_size: int, workers: int, device: torch.device):
+        self.device = device
+        self.loader = torch.utils.data.DataLoader(
+            Windows(clips),
+            batch_size,
+            sampler=windows,
+            num_workers=workers,
+            persistent_workers=workers > 0,
+            # A batch in waiting for each worker: 2 x 21 MB of shared memory. Docker gives 64 MB.
+            prefetch_factor=1 if workers else None,
+            collate_fn=collate,
+            pin_memory=device.type == "cuda",
+            generator=torch.Generator(),  # so that it draws nothing from the one of training
+        )
+
+    def __iter__(self):
+        for batch in self.loader:
+            yield [tensor.to(self.device, non_blocking=True) for tensor in batch]
 
 
 # What the commands share

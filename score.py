@@ -49,9 +49,9 @@ def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: in
         for start in window_starts(n_samples):
             windows.append((index, start))
 
-    for waves, n_samples, index in data.make_loader(clips, windows, batch_size, workers, device):
-        x = spectrogram(waves.to(device), n_samples.to(device))  # (B, 1024, 128)
-        yield index.numpy(), model(x).cpu().numpy()
+    for waves, n_samples, index in data.Loader(clips, windows, batch_size, workers, device):
+        x = spectrogram(waves, n_samples)  # (B, 1024, 128)
+        yield index.cpu().numpy(), model(x).cpu().numpy()
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:

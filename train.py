@@ -187,15 +187,15 @@ def train(args: argparse.Namespace) -> None:
     # The epochs. Each has its own seed, so a run that was interrupted repeats exactly what an
     # uninterrupted one does.
     windows = RandomWindows(clip_lengths)
-    loader = data.make_loader(clips, windows, args.batch_size, args.workers, device)
+    loader = data.Loader(clips, windows, args.batch_size, args.workers, device)
     augment = SpecAug(args.time_mask, args.freq_mask)
     model.train()
     with run.open():
         for epoch in range(run.epoch + 1, args.epochs + 1):
             torch.manual_seed(seed_of_epoch(args.seed, epoch))
             for waves, lengths, index in loader:  # (B, n_samples), (B,), (B,)
-                x = augment(spectrogram(waves.to(device), lengths.to(device)))  # (B, 1024, 128)
-                y = labels[index.to(device)]  # (B,)
+                x = augment(spectrogram(waves, lengths))  # (B, 1024, 128)
+                y = labels[index]  # (B,)
                 loss, hits = train_step(model, arcface, optimizer, x, y, args.micro_batch)
                 run.log_step(loss, hits, len(y))
                 schedule.step()

@@ -433,9 +433,9 @@ def growth(folder: Path) -> None:
         start = time.perf_counter()
         lengths = [recording.n_samples for recording in data.check_clips(clips[:n])]
         checked = time.perf_counter() - start
-        loader = data.make_loader(clips, data.RandomWindows(lengths), 32, 0, DEVICE)
+        loader = data.Loader(clips, data.RandomWindows(lengths), 32, 0, DEVICE)
         for waves, n_samples, _ in loader:
-            data.spectrogram(waves.to(DEVICE), n_samples.to(DEVICE))
+            data.spectrogram(waves, n_samples)
         sync()
         whole = time.perf_counter() - start
         grown = resident() - before

@@ -233,9 +233,10 @@ def command(script, line: str) -> None:
     script.main(shlex.split(line))
 
 
-def figures_of(machine: str, row: str, seed: int = 0, flags: str | None = None) -> list[float]:
-    """Train, score and evaluate one row of the table by the ordinary commands; -> its FIGURES, in
-    per cent."""
+def figures_of(
+    machine: str, row: str, seed: int = 0, flags: str | None = None, more: str = "--overwrite"
+) -> list[float]:
+    """Train, score and evaluate one row by the ordinary commands; -> its FIGURES, in per cent."""
     flags = flags or ROWS[row]
     run = Path("runs") / f"demo-{machine}-{row.replace(' ', '-')}-seed{seed}"
     places = f"--machine {shlex.quote(machine)} --run {shlex.quote(str(run))}"
@@ -243,7 +244,7 @@ def figures_of(machine: str, row: str, seed: int = 0, flags: str | None = None) 
     if row == "as it is":
         command(score, f"{places} {flags} {here}")
     else:
-        command(train, f"{places} {flags} {TRAINING} --seed {seed} {here} --overwrite")
+        command(train, f"{places} {flags} {TRAINING} --seed {seed} {here} {more}")
         drawn = row == "LoRA" and importlib.util.find_spec("matplotlib") is not None
         command(score, f"{places} --device cpu" + " --plot" * drawn)
     command(evaluate, places)
@@ -252,7 +253,7 @@ def figures_of(machine: str, row: str, seed: int = 0, flags: str | None = None) 
     return [100 * float(line[figure]) for figure in FIGURES]
 
 
-def run_all(jobs: list[tuple]) -> dict[tuple, list[float]]:
+def run_all(jobs: list[tuple], more: str) -> dict[tuple, list[float]]:
     """(machine, row, seed, ...) -> its figures, with a bar instead of what the commands print."""
     found = {}
     quiet = contextlib.ExitStack()
@@ -262,18 +263,21 @@ def run_all(jobs: list[tuple]) -> dict[tuple, list[float]]:
     with quiet:
         for job in jobs:
             make_machine("data/demo", job[0])
-            found[job] = figures_of(*job)
+            found[job] = figures_of(*job, more=more)
     return found
 
 
 def compare() -> None:
-    """--all: the rows over machines and seeds, and what LoRA is worth beside each of the others."""
+    """--all: the rows over machines and seeds, and what LoRA is worth beside each of the others.
+
+    The same command again continues: runs that are finished are only scored again.
+    """
     jobs = []
     for machine in MACHINES:
         jobs.append((machine, "as it is", 0))
         for row in list(ROWS)[1:]:
             jobs += [(machine, row, seed) for seed in SEEDS]
-    found = run_all(jobs)
+    found = run_all(jobs, more="")
     lines, scores = [], {}
     for row in ROWS:
         trials = np.array([figures for job, figures in found.items() if job[1] == row])
@@ -298,7 +302,7 @@ def choose(machines: list[str]) -> None:
         for row in list(ROWS)[1:]:
             for rate in RATES:
                 jobs.append((machine, row, 0, at_rate(row, rate)))
-    found = run_all(jobs)
+    found = run_all(jobs, more="--overwrite")
     print(f"\n| row | {' | '.join(machines)} | mean |")
     print("| --- |" + " ---: |" * (len(machines) + 1))
     for _, row, _, *flags in jobs[: len(jobs) // len(machines)]:
@@ -345,12 +349,13 @@ def main(argv: list[str] | None = None) -> None:
     add("--choose", action="store_true", help=f"{', '.join(CHOOSING)}; three rates; three rows")
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    if args.all:
-        compare()
-    elif args.choose:
-        choose(args.machine or CHOOSING)
-    else:
-        show((args.machine or ["fan"])[0])
+    with data.one_line_errors(parser, "all that is finished is kept"):
+        if args.all:
+            compare()
+        elif args.choose:
+            choose(args.machine or CHOOSING)
+        else:
+            show((args.machine or ["fan"])[0])
     print(f"\n{time.perf_counter() - start:.0f} s", file=sys.stderr)
 
 

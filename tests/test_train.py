@@ -741,7 +741,7 @@ def test_two_workers_read_for_a_gpu_with_one_batch_each_in_waiting():
         4, os.cpu_count()
     )
     assert train.workers_for(parse(["--machine", "fan", "--device", "cuda", "--workers", "9"])) == 9
-    assert data.make_loader([], [], 1, 2, torch.device("cpu")).prefetch_factor == 1
+    assert data.Loader([], [], 1, 2, torch.device("cpu")).loader.prefetch_factor == 1
 
 
 # ---------------------------------------------------------------- loading
