@@ -58,7 +58,8 @@ def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
     d = x @ -y.T  # and the rest in place, since d may be large
     d += 1
-    return d.clip(min=0, out=d)  # rounding may go below 0
+    np.maximum(d, 0, out=d)  # rounding may go below 0
+    return d
 
 
 def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
