@@ -231,6 +231,7 @@ import sys
 import tempfile
 import time
 import traceback
+import unicodedata
 import urllib.error
 import urllib.request
 import uuid
@@ -351,6 +352,8 @@ def read_samples(path: str | Path) -> tuple[Tensor, int]:
         for start, name in OTHER_FORMATS.items():
             if content.startswith(start):
                 raise ValueError(f"is a file of another format, {name}; convert it to WAV")
+        if content[:4] not in (b"RIFF", b"RIFX", b"RF64"):
+            raise ValueError("is no WAV file" if content else "is empty")
         rate, samples = wavfile.read(WholeBytes(content))
         check_format(content, rate, samples)
     except OSError as error:
@@ -477,11 +480,14 @@ def read_own_labels(path: Path, names: list[str]) -> list[bool | None]:
     -> is_anomaly of each of `names`, None where the file says nothing. ValueError: a line that
     cannot be understood, a clip twice, no line for any of the clips.
     """
-    known = {name: name for name in names} | {Path(name).stem: name for name in names}
+    known = {}
+    for name in names:
+        for spelling in (Path(name).stem, name):
+            known[unicodedata.normalize("NFC", spelling)] = name
     labels = {}
     with path.open(newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
         text = file.read()
-    delimiter = ";" if text.count(";") > text.count(",") else ","
+    delimiter = max(",;\t", key=text.count)
     rows = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter)
     for row in rows:
         if not any(map(str.strip, row)):
@@ -489,18 +495,29 @@ def read_own_labels(path: Path, names: list[str]) -> list[bool | None]:
         # A name that holds the delimiter and stands without quotes is still all but the last field.
         name, label = delimiter.join(row[:-1]).strip(), row[-1].strip()
         if label not in ("0", "1"):
-            if rows.line_num == 1 and name not in known:
+            if rows.line_num == 1 and readable(name) not in known:
                 continue  # a header
             example = f"{names[0]}{delimiter}1 for an anomaly, 0 for a normal clip"
             what = f"{delimiter.join(row)!r} is no label"
             raise ValueError(f"{path}, line {rows.line_num}: {what}; a right line is {example}")
-        name = known.get(name, name)
+        name = known.get(readable(name), name)
         if name in labels:
             raise ValueError(f"{path}, line {rows.line_num}: {name} stands there twice")
         labels[name] = label == "1"
     if not labels.keys() & set(names):
         raise ValueError(f"{path} names none of the test clips; a right line is {names[0]},1")
+    if unknown := sorted(labels.keys() - set(names)):
+        print(f"note: {path} names {len(unknown)} that are no test clips: {first_ten(unknown)}")
     return [labels.get(name) for name in names]
+
+
+def readable(name: str) -> str:
+    """A name with composed letters; bytes that are no UTF-8 are read as a spreadsheet's."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        name = name.encode("utf-8", "surrogateescape").decode("cp1252", "replace")
+    return unicodedata.normalize("NFC", name)
 
 
 def labels_of(machine: str, names: list[str], root: Path) -> tuple[list[bool | None], list[bool]]:
@@ -915,6 +932,8 @@ def prepare(machines: list[str], root: str | Path, splits: list[str]) -> None:
             if others := files_in(folder, OTHER_AUDIO):
                 names = first_ten([path.name for path in others])
                 print(f"note: {len(others)} files in {folder} are left out, no WAV: {names}")
+            if folders := [path.name for path in folder.iterdir() if path.is_dir()]:
+                print(f"note: folders in {folder} are not searched: {first_ten(folders)}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -69,7 +69,7 @@ def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
     """
     available = np.isfinite(d).sum(axis=1).min()
     if available < k:
-        raise ValueError(f"{k} nearest neighbours need {k} windows of other clips, not {available}")
+        raise ValueError(f"k = {k} needs {k} windows of other training clips, not {available}")
     # Row by row, since d may be too large for a second copy.
     return np.array([np.partition(row, k - 1)[:k].mean() for row in d])
 
@@ -272,45 +272,54 @@ def embed_machines(machines: list[Machine], model: Embedder):
 
 
 def say(machine: Machine) -> None:
-    """What would decide in silence: copies, and clips unlike the training clips."""
+    """What would decide in silence: few clips, copies, and clips unlike the training clips."""
 
     def note(what: str, found: list[str]) -> None:
         if found:
-            names = data.first_ten(found)
-            print(f"note: {machine.name}: {len(found)} {what}: {names}")
+            print(f"note: {machine.name}: {len(found)} {what}: {data.first_ten(found)}")
 
+    if len(machine.train) < 20:
+        few = f"only {len(machine.train)} training clips; the threshold says little"
+        print(f"note: {machine.name}: {few}")
     note("training clips are copies of others and count once", machine.copies)
+    same = zip(machine.tests, machine.test_digests)
+    copies = [clip.path.name for clip, digest in same if digest in machine.train]
+    note("test clips are copies of training clips, so their score is 0", copies)
+
     train = [machine.kept[digest].recording for digest in machine.train]
     tests = [machine.kept[digest].recording for digest in machine.test_digests]
-    for what, measure, slack in MEASURES:
-        values = [measure(recording) for recording in train]
-        low, high = min(values), max(values)
+    for what, measure, slack, unequal in MEASURES:
+        values = np.array([measure(recording) for recording in train])
+        low, high = np.percentile(values, [5, 95])
         outside = []
         for clip, recording in zip(machine.tests, tests):
             value = measure(recording)
-            one_sided = "%" in what  # to be clipped or silent less often is no reason
-            if value > high + slack or (value < low - slack and not one_sided):
+            less = value < low - slack and "%" not in what  # less clipping or silence is no reason
+            if less or value > high + slack:
                 outside.append(f"{clip.path.name} ({value:.3g})")
-        note(
-            f"test clips are unlike all training clips in {what} ({low:.3g} to {high:.3g})", outside
-        )
-        if what in UNEQUAL and high - low > UNEQUAL[what]:
-            unequal = f"training clips are unequal in {what}: {low:.3g} to {high:.3g}"
-            print(f"note: {machine.name}: {unequal}; record them alike")
+        range_ = f"{low:.3g} to {high:.3g}"
+        note(f"test clips are unlike the training clips in {what} ({range_})", outside)
+        if values.max() - values.min() > unequal:
+            extremes = []
+            for at in (values.argmin(), values.argmax()):
+                clip = list(machine.train.values())[at]
+                extremes.append(f"{clip.path.name} ({values[at]:.3g})")
+            print(f"note: {machine.name}: training clips differ in {what}: {', '.join(extremes)}")
 
 
-# what is measured, how, and how far beyond the training clips a test clip may lie
+# What is measured, how, how far beyond the training clips a test clip may lie, and how far these may
+# differ. A clip is padded to a window of 10.255 s; beyond that its length makes no difference.
 MEASURES = [
     (
-        "seconds of a window that they fill",
+        "length up to a window's, in s",
         lambda r: min(r.n_samples, data.WINDOW) / SAMPLE_RATE,
         0.1,
+        0.1,
     ),
-    ("level in dB", lambda r: r.level, 3.0),
-    ("% of clipped samples", lambda r: 100 * r.clipped, 0.1),
-    ("% of silence", lambda r: 100 * r.silent, 5.0),
+    ("level in dB", lambda r: r.level, 3.0, 20.0),
+    ("% of clipped samples", lambda r: 100 * r.clipped, 0.1, 1.0),
+    ("% of silence", lambda r: 100 * r.silent, 5.0, 50.0),
 ]
-UNEQUAL = {"seconds of a window that they fill": 0.1, "level in dB": 25.0}
 
 
 # Scores and files
@@ -461,7 +470,7 @@ def plot(
     order = sorted(range(len(verdicts)), key=lambda i: verdicts[i].score)
     spread = np.linspace(0, max(1, len(order) - 1), len(train_scores))
     label = f"training clips, each without itself ({len(train_scores)})"
-    top.plot(spread, np.sort(train_scores), ".", color="silver", markersize=3, label=label)
+    top.plot(spread, np.sort(train_scores), ".", color="gray", markersize=4, label=label)
     kinds = {None: ("test clips", "tab:blue"), False: ("labelled normal", "tab:green"),
              True: ("labelled anomaly", "tab:orange")}  # fmt: skip
     for kind, (what, colour) in kinds.items():
@@ -481,6 +490,7 @@ def plot(
     )
     top.set_title(title, parse_math=False)
     top.set_ylabel("distance to normal")
+    top.set_xlabel("test clips in order of score")
     top.legend(loc="upper left")
 
     hz = np.array([250, 500, 1000, 2000, 4000, 7500])
@@ -561,8 +571,8 @@ def make_parser() -> data.Parser:
 
 def percentile(text: str) -> float:
     value = float(text)
-    if not 0 <= value <= 100:
-        raise argparse.ArgumentTypeError(f"0 to 100, got {text}")
+    if not 0 <= value <= 100 or 0 < value < 1:
+        raise argparse.ArgumentTypeError(f"in per cent, such as 99, got {text}")
     return value
 
 

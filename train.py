@@ -437,6 +437,8 @@ def load_run(
     if not record:
         pretrained = run.with_name(f"pretrained-{run.name}")
         there = f"; {pretrained} is there: add --pretrained" if pretrained.is_dir() else ""
+        if any(run.glob("scoring_*.json")):
+            there = " but scores of the untouched AST: add --pretrained"
         what = f"{run} is not a run of train.py"
         raise ValueError(f"{what}{there or '; train one, or name its folder with --run'}")
     if not (run / "adapter.pt").exists():

@@ -545,7 +545,7 @@ MESSAGES = [
         "train.py",
         ["--machine", "pump", "fan", *PUMP[2:]],
         damaged_clips,
-        "1 of 11 clips cannot be used (mend or remove them): data/pump/train/b.wav: File format",
+        "1 of 11 clips cannot be used (mend or remove them): data/pump/train/b.wav: is no WAV file",
     ),
     (
         "train.py",
@@ -573,13 +573,18 @@ MESSAGES = [
     ),
     ("score.py", FAN, None, "runs/fan is not a run of train.py; train one, or name its folder"),
     ("score.py", [*FAN, "--k", "0"], None, "argument --k: must be at least 1"),
-    ("score.py", [*FAN, "--percentile", "101"], None, "argument --percentile: 0 to 100, got 101"),
+    (
+        "score.py",
+        [*FAN, "--percentile", "101"],
+        None,
+        "argument --percentile: in per cent, such as 99, got 101",
+    ),
     ("score.py", [*FAN, "--normalize", "mean"], None, "--normalize: invalid choice: 'mean'"),
     (
         "score.py",
         [*FAN, "--pretrained", "--k", "40"],
         None,
-        "fan: 40 nearest neighbours need 40 windows of other clips, not 14",
+        "fan: k = 40 needs 40 windows of other training clips, not 14",
     ),
     ("score.py", [*PUMP, "--pretrained", "--normalize", "train", "--k", "2"], own_machine, None),
     (

@@ -256,8 +256,8 @@ FLOAT32 = struct.pack("<HHIIHH", 3, 1, 16000, 64000, 4, 32)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (b"", "not understood"),
-        (b"this is a text file called .wav\n" * 10, "not understood"),
+        (b"", "is empty"),
+        (b"this is a text file called .wav\n" * 10, "is no WAV file"),
         (riff(PCM16, b""), "no samples"),
         (riff(PCM16, bytes(2000), claim=4000), "truncated: 4000 bytes announced, 2000 there"),
         (riff(PCM16, bytes(2000), claim=0xFFFFFFFF), "truncated"),
@@ -366,7 +366,7 @@ def test_all_bad_clips_are_listed_at_once(tmp_path):
     with pytest.raises(ValueError, match="13 of 16 clips cannot be used") as error:
         check_clips(list_clips(tmp_path, "pump", "train"))
     message = str(error.value)
-    assert "a.wav: File format" in message and "short 08.wav: shorter than one frame" in message
+    assert "a.wav: is no WAV file" in message and "short 08.wav: shorter than one frame" in message
     assert "short 09.wav" not in message and message.endswith("and 3 more") and "\n" not in message
 
 

@@ -499,6 +499,15 @@ def test_labels_that_cannot_be_understood_are_told_with_an_example(tmp_path, tex
     assert message in str(error.value)
 
 
+def test_labels_of_files_that_are_no_test_clips_are_said(tmp_path, capsys):
+    """And umlauts match however a Mac or a spreadsheet has written them."""
+    names = ["ölpumpe.wav", "u\u0308ber.wav", "a.wav"]
+    path = tmp_path / "labels.csv"
+    path.write_bytes("ölpumpe;1\nüber;0\nlnog;1\n".encode("cp1252"))
+    assert data.read_own_labels(path, names) == [True, False, None]
+    assert "names 1 that are no test clips: lnog" in capsys.readouterr().out
+
+
 def test_misses_and_false_alarms_are_listed_by_file_and_the_unlabelled_left_out(tmp_path, capsys):
     scores = {"a 1.wav": 0.2, "a 2.wav": 0.9, "b;3.wav": 0.8, "c,4.wav": 0.1, "new.wav": 0.5}
     scored(tmp_path / "run", "pump", scores, data=str(tmp_path))

@@ -66,9 +66,7 @@ def test_the_k_nearest_are_averaged():
     assert nearest(found) == pytest.approx([0.1])
     assert nearest(found, 2) == pytest.approx([0.2])
     assert nearest(found, 3) == pytest.approx([0.3])
-    with pytest.raises(
-        ValueError, match="4 nearest neighbours need 4 windows of other clips, not 3"
-    ):
+    with pytest.raises(ValueError, match="k = 4 needs 4 windows of other training clips, not 3"):
         nearest(found, 4)
 
 
@@ -160,7 +158,7 @@ def test_a_domain_without_clips_has_no_bank(normalize):
     assert np.isfinite(both[0]).all()
 
 
-FIVE = "4 nearest neighbours need 4 windows of other clips, not 2"
+FIVE = "k = 4 needs 4 windows of other training clips, not 2"
 
 
 @pytest.mark.parametrize(
@@ -171,10 +169,10 @@ FIVE = "4 nearest neighbours need 4 windows of other clips, not 2"
             [0, 10, 30, 90],
             ["source"] * 3 + ["target"],
             "train",
-            "need 1 windows of other clips, not 0",
+            "k = 1 needs 1 windows of other training clips, not 0",
         ),
         ([0, 10, 20], ["source"] * 3, "density", FIVE),
-        ([0], ["source"], "none", "1 nearest neighbours need 1 windows of other clips, not 0"),
+        ([0], ["source"], "none", "k = 1 needs 1 windows of other training clips, not 0"),
     ],
 )
 def test_too_few_clips_for_a_back_end_are_refused(angles, domains, normalize, message):
@@ -462,7 +460,7 @@ def test_copies_of_a_training_clip_are_said_and_count_once(small, capsys):
 @pytest.mark.parametrize(
     ("name", "change", "message"),
     [
-        ("short.wav", lambda x: x[:8000], "seconds of a window that they fill"),
+        ("short.wav", lambda x: x[:8000], "length up to a window's, in s"),
         ("loud.wav", lambda x: x * 4, "level in dB"),
         (
             "clipped.wav",
@@ -485,9 +483,23 @@ def test_clips_unlike_the_training_clips_are_said(
     scored("--pretrained", machine="pump")
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
     said = [
-        line for line in notes if f"1 test clips are unlike all training clips in {message}" in line
+        line for line in notes if f"1 test clips are unlike the training clips in {message}" in line
     ]
     assert len(said) == 1 and name in said[0] and "alike.wav" not in " ".join(notes)
+
+
+def test_few_training_clips_and_test_clips_that_are_copies_are_said(small, capsys):
+    small_machines()
+    for i in range(4):
+        noise(f"data/pump/train/{i}.wav", 1, seed=i)
+    noise("data/pump/test/x.wav", 1, seed=7)
+    shutil.copy("data/pump/train/2.wav", "data/pump/test/same.wav")
+    scored("--pretrained", machine="pump")
+    out = capsys.readouterr().out
+    assert "note: pump: only 4 training clips; the threshold says little" in out
+    assert "1 test clips are copies of training clips, so their score is 0: same.wav" in out
+    message = error_of(capsys, "--run", "runs/pretrained-pump", machine="pump")
+    assert "but scores of the untouched AST: add --pretrained" in message
 
 
 def test_training_clips_of_unequal_length_or_level_are_said(small, capsys):
@@ -497,8 +509,8 @@ def test_training_clips_of_unequal_length_or_level_are_said(small, capsys):
     noise("data/pump/test/x.wav", 0.6, seed=7)
     scored("--pretrained", machine="pump")
     out = capsys.readouterr().out
-    assert "training clips are unequal in seconds of a window that they fill: 0.5 to 0.8" in out
-    assert "training clips are unequal in level in dB" in out
+    assert "training clips differ in length up to a window's, in s: 0.wav (0.5), 3.wav (0.8)" in out
+    assert "training clips differ in level in dB: 0.wav" in out
 
 
 def test_a_merged_and_saved_model_scores_as_the_trained_one(small):
