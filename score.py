@@ -307,8 +307,8 @@ def say(machine: Machine) -> None:
             print(f"note: {machine.name}: training clips differ in {what}: {', '.join(extremes)}")
 
 
-# What is measured, how, how far beyond the training clips a test clip may lie, and how far these may
-# differ. A clip is padded to a window of 10.255 s; beyond that its length makes no difference.
+# What is measured, how, how far beyond the training clips a test clip may lie, and how far these
+# may differ. A clip is padded to a window of 10.255 s; beyond that its length matters no more.
 MEASURES = [
     (
         "length up to a window's, in s",
