@@ -215,7 +215,7 @@ def with_fault(random: np.random.Generator, sound: Sound, fault: str) -> Sound:
 WEIGHTS = ROOT / "tests" / "tiny_ast.pth"
 ROWS = {  # row of the table -> the flags of its command
     "as it is": "--pretrained",
-    "frozen": "--tuning frozen --lr 3e-3",
+    "frozen": "--tuning frozen --lr 1e-2",
     "full": "--tuning full --lr 3e-3 --ast-lr 3e-4",
     "LoRA": "--tuning lora --rank 8 --lr 3e-3",
 }
