@@ -62,7 +62,7 @@ def test_the_readmes_table_is_that_of_train_py(capsys):
             assert meaning in help_
             value = parsed[flag.strip("-").replace("-", "_")]
             assert value == (None if flag == "--layers" else default), flag
-    assert set(rows) == {"--machine", "--percentile"}
+    assert set(rows) == {"--percentile"}
 
 
 def test_the_defaults_of_scoring_are_those_that_the_readme_lists():

@@ -478,6 +478,16 @@ def test_padding_comes_before_normalisation():
     assert x[0, :98].unique().item() == pytest.approx(-1.278, abs=1e-3)
 
 
+def test_all_of_it_happens_on_the_device_of_the_waves():
+    """PyTorch's meta device, which computes shapes only, stands for a GPU: a tensor that was made
+    on the CPU could not be combined with its tensors."""
+    waves = torch.empty(2, 16000, device="meta")
+    lengths = torch.empty(2, dtype=torch.int64, device="meta")
+    x = SpecAug(80, 80)(spectrogram(waves, lengths))
+    assert x.device.type == "meta" and x.shape == (2, 1024, 128)
+    assert data.mel_filters(waves.device).device.type == "meta"
+
+
 def test_normalise_divides_by_twice_the_standard_deviation():
     assert normalise(torch.tensor(-4.2677393)).item() == pytest.approx(0, abs=1e-7)
     assert normalise(torch.tensor(-4.2677393 + 4.5689974)).item() == pytest.approx(0.5)
