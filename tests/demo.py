@@ -213,7 +213,9 @@ def with_fault(random: np.random.Generator, sound: Sound, fault: str) -> Sound:
 # ---------------------------------------------------------------- commands
 
 WEIGHTS = ROOT / "tests" / "tiny_ast.pth"
-ROWS = {  # row of the table -> the flags of its command
+# Row of the table -> the flags of its command; the rates are what --choose found (75.7, 79.1 and
+# 78.6 on average over the four names; the AST as it is 73.8).
+ROWS = {
     "as it is": "--pretrained",
     "frozen": "--tuning frozen --lr 1e-2",
     "full": "--tuning full --lr 3e-3 --ast-lr 3e-4",

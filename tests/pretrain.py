@@ -1,6 +1,10 @@
 """Pre-train the demo's tiny AST: tell the events in made-up sounds of every kind apart.
 
-    python tests/pretrain.py            # 3,000 steps of 32 windows
+    python tests/pretrain.py    # 3,000 steps of 32 windows; 33 minutes on two busy CPU cores
+
+wrote tests/tiny_ast.pth (3 blocks, 64 dimensions, float16, 0.5 MB) with a final loss of 0.066
+(binary cross-entropy, mean of the last 100 steps; 0.203 after the first) and, on fresh windows, a
+mean average precision of 0.84 by the class tokens, 0.82 by the patches.
 
 It plays the part that AudioSet plays for the real AST. A window holds one to three events of 39
 classes (people, music, animals, weather, signals, things, engines among them) over any background,
