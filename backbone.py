@@ -1,13 +1,13 @@
 """The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, 2104.01778).
 
-A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins), with D dimensions a token:
+A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins); a token has D dimensions:
 
     z = [cls, dist, patches(x)] + pos                        1214 tokens: 2, and 12 · 101 patches
     z = z + Attention(LayerNorm(z))                          12 blocks of these two lines
     z = z + MLP(LayerNorm(z))
     tokens = LayerNorm(z)
 
-    Attention(z) = proj(softmax(q kᵀ / √64) v)               q, k, v: linear in z, heads of 64
+    Attention(u) = proj(softmax(q kᵀ / √64) v)               q, k, v: linear in u, heads of 64
 
 The tokens then become one vector, the embedding, of which the score is made:
 
@@ -161,7 +161,8 @@ class AttentiveStatisticsPooling(nn.Module):
 class Embedder(nn.Module):
     """AST, pooling and linear layer: x (B, 1024, 128) -> embedding (B, embedding), of unit length.
 
-    pooling    "cls" (class tokens), "mean" or "asp" (mean, or attentive statistics, of the patches)
+    pooling    "cls" (mean of the class tokens), "mean" (mean of the patch tokens), or "asp"
+               (attentive statistics of the patch tokens)
     embedding  dimensions of the result; None leaves the linear layer out: the untouched AST
     """
 

@@ -7,9 +7,9 @@
       -> SpecAug       in training, a random stripe of time and one of frequency become 0
 
 Frame t is the 25 ms of sound from t · 10 ms on. Its mean is subtracted, then it is pre-emphasised
-and multiplied by a Hann window. M holds triangular mel filters, ε is 1.19e-7. A clip longer than
-1024 frames (10.255 s) is heard through windows of that length: one random window an epoch in
-training, and in scoring as many as cover it.
+and tapered. M holds triangular mel filters, ε is 1.19e-7. A clip longer than 1024 frames (10.255 s)
+is heard in windows of that length: in training one random window per epoch, in scoring as many as
+cover it.
 
 The files are <data>/<machine>/{train,test}/*.wav, the challenge's or one's own.
 
@@ -100,8 +100,8 @@ def window_starts(n_samples: int) -> list[int]:
 class RandomWindows:
     """Sampler of an epoch: every clip once, in random order, at a random window.
 
-    It yields (index of the clip, first sample), and draws all of them when it begins, so that the
-    other random numbers of training are the same however far the loader reads ahead.
+    It yields (index of the clip, first sample). All random numbers of an epoch are drawn before the
+    first of these, so that reading ahead cannot change the order of SpecAug's.
     """
 
     def __init__(self, clip_lengths: list[int]):
@@ -122,9 +122,8 @@ class RandomWindows:
 
 @cache
 def mel_filters(device: torch.device) -> Tensor:
-    """M (257 FFT bins, 128): triangles between 130 points, evenly spaced in mel.
-
-    Kaldi's mel scale is 1127 ln(1 + Hz/700), here from 20 Hz to 8 kHz.
+    """M (257 FFT bins, 128 triangles). Of 130 points, evenly spaced in mel from 20 Hz to 8 kHz,
+    triangle m rises from point m to m + 1 and falls to m + 2. Kaldi's mel is 1127 ln(1 + Hz/700).
     """
     low = 1127 * math.log(1 + 20 / 700)
     high = 1127 * math.log(1 + SAMPLE_RATE / 2 / 700)
@@ -180,8 +179,8 @@ def normalise(x: Tensor) -> Tensor:
 def spectrogram(waves: Tensor, lengths: Tensor) -> Tensor:
     """What the AST takes: waves (B, n_samples) and their lengths (B,) -> (B, 1024, 128)."""
     x = fit_frames(log_mel(waves))
-    # A shorter wave was filled up with zero samples, whose log-mel is -15.9. The AST knows padding
-    # as frames of zeros, so the frames beyond a wave's own become that.
+    # Shorter waves were filled up with zero samples, which log_mel turns into -15.9. The AST's
+    # padding is 0 in log-mel, so these frames are overwritten with it.
     padding = torch.arange(N_FRAMES, device=x.device) >= count_frames(lengths)[:, None]  # (B, T)
     return normalise(x.masked_fill(padding[:, :, None], 0))
 

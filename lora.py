@@ -9,7 +9,7 @@ This is their equation 3 with the scaling of their section 4.1 and the dropout o
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
 Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing afterwards.
 
-Nothing here knows about audio. train.py adapts the AST: add_lora(ast, ["q", "v"], 64, alpha=64)
+Nothing here knows about audio: the model needs `blocks`, and layers of the names that are given.
 """
 
 import math
@@ -23,7 +23,7 @@ class LoRALinear(nn.Module):
     """The equation above around one `nn.Linear`, which is frozen and kept as `base`.
 
     rank     r >= 1; the update has rank · (in + out) weights instead of in · out
-    alpha    the update is scaled by alpha/rank, which is meant to spare retuning at another rank
+    alpha    the update is scaled by alpha/rank, so that another rank needs no other learning rate
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
     forward: x (..., in) -> (..., out). ValueError: one of them is out of range.
@@ -42,8 +42,8 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). A must be (rank, in) for that:
-        # of a transposed A it would take rank for the fan-in and be far too wide.
+        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). PyTorch takes the last dimension
+        # for the fan-in; that must be `in`, so A is (rank, in).
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:

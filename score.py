@@ -5,19 +5,20 @@
 
 A clip is cut into windows of 1024 frames, one for 10 s. Each is scored by itself, and the clip's
 score is that of its most anomalous window. A clip is called anomalous if its score is above the
-90th percentile of the training clips' own scores, each of which leaves out its own windows.
+90th percentile of the training clips' own scores. These are taken against the bank without the
+clip's own windows.
 
 Distances differ between the many source and the few target clips. --normalize corrects for it:
 
     none      one bank of all training windows, no correction
-    test      a bank for each domain, scores less their mean μ and divided by their deviation σ, and
-              the smaller of the two. μ and σ are those of the test scores, so this is TRANSDUCTIVE:
+    test      a bank for each domain, (score - μ) / σ for each, and the smallest of these. μ and σ
+              are those of all test windows against that bank, so this is TRANSDUCTIVE:
               every score and decision depends on the whole test set (the lab's released RMIS)
     train     the same with μ and σ of the bank's own scores (ours: it needs no test clips)
     density   one bank, d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest
               neighbours in the bank (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
-ρ, and μ and σ under train, are those of the whole bank, also where a training clip is scored.
+ρ, and μ and σ under train, are computed once, not again without the training clip being scored.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -36,8 +37,10 @@ DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end
 
 
 @torch.inference_mode()
-def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: int, workers: int):
-    """Embed all windows of all clips, of `lengths` samples, in the order of the clips.
+def embed(
+    model: Embedder, clips: list[Clip], clip_lengths: list[int], batch_size: int, workers: int
+):
+    """Embed all windows of all clips, in the order of the clips; `clip_lengths` are in samples.
 
     Yields for each batch the windows' clip indices (B,) and embeddings (B, D) of unit length, in
     float32 on every device.
@@ -45,7 +48,7 @@ def embed(model: Embedder, clips: list[Clip], lengths: list[int], batch_size: in
     model.eval()
     device = model.ast.pos_embed.device
     windows = []
-    for index, n_samples in enumerate(lengths):
+    for index, n_samples in enumerate(clip_lengths):
         for start in window_starts(n_samples):
             windows.append((index, start))
 
@@ -69,7 +72,9 @@ def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
     """
     available = np.isfinite(d).sum(axis=1).min()
     if available < k:
-        raise ValueError(f"k = {k} needs {k} windows of other training clips, not {available}")
+        raise ValueError(
+            f"{k} neighbours need {k} windows of other training clips, not {available}"
+        )
     # Row by row, since d may be too large for a second copy.
     return np.array([np.partition(row, k - 1)[:k].mean() for row in d])
 
@@ -116,7 +121,7 @@ def anomaly_scores(
 
 
 def most_anomalous(scores: np.ndarray, owner: np.ndarray) -> np.ndarray:
-    """Which window of each clip has its highest score, the clip's own: (m,), (m,) -> (n_clips,)."""
+    """Index of each clip's highest-scoring window, in the order of the clips: -> (n_clips,)."""
     highest = {}
     for window, clip in enumerate(owner.tolist()):
         if clip not in highest or scores[window] > scores[highest[clip]]:
@@ -128,7 +133,7 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
     """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' own scores.
 
     For a trained model this threshold is low: training has drawn those clips together, so more than
-    10 % of the normal clips that it has not heard will exceed it.
+    10 % of the normal clips that it has not heard usually exceed it.
     """
     threshold = np.percentile(train_scores, percentile)
     return scores > threshold, threshold

@@ -8,8 +8,8 @@ embedding e and a centre w_j for each class,
     cos θ_j = e · w_j
     loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])            ArcFace
 
-Trained are the LoRA matrices, the pooling, the linear layer and the class centres; the pre-trained
-weights of the AST stay as they are.
+Trained are, by default, the LoRA matrices, the pooling, the linear layer and the class centres; the
+pre-trained weights of the AST stay as they are.
 
     python train.py --machine fan            # or several, or dev, eval, all: one joint model
 
@@ -33,8 +33,9 @@ from backbone import Embedder, load_ast
 from data import RandomWindows, SpecAug, spectrogram
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
-# Flag, default, meaning, and who chose the default: the paper's [abstract], what others have
-# [reported] of it, the [same lab] in later work, [ASDKit]'s independent recipe; see README.md.
+# Flag, default, meaning, and who chose the default. The paper is Zheng et al., arXiv 2409.07016:
+# [abstract] it says so; [reported] others say so of it; [same lab] its first author's DCASE2025
+# report; [ASDKit] an independent recipe, TakuyaFujimura/dcase-asd-toolkit. See README.md.
 HYPERPARAMETERS = {
     "LoRA": [
         ("--tuning", "lora", "adapters (lora), all of the AST (full), or none (frozen) [abstract]"),
@@ -84,7 +85,7 @@ class ArcFace(nn.Module):
         return self.logits(self.cosines(embedding), labels)
 
     def cosines(self, embedding: Tensor) -> Tensor:
-        """cos θ to each class centre, (B, classes): a clip is taken for the largest."""
+        """cos θ to each class centre, (B, classes). The predicted class has the largest."""
         return F.linear(embedding, F.normalize(self.centres)).clamp(-1, 1)
 
     def logits(self, cos: Tensor, labels: Tensor) -> Tensor:
@@ -104,7 +105,7 @@ class ArcFace(nn.Module):
 def make_model(args: argparse.Namespace) -> Embedder:
     """The pre-trained AST under pooling and linear layer.
 
-    What requires a gradient is trained: the two on top, and of the AST what --tuning says.
+    What requires a gradient is trained: both of these, and the part of the AST that --tuning says.
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
@@ -127,8 +128,8 @@ def train_step(
 ) -> tuple[float, int]:
     """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,).
 
-    micro_batch of them go through the network at once. Returns the mean loss, and how often the
-    largest cosine, without margin, was that of the true class.
+    micro_batch of them go through the network at once. Returns the mean loss, and the number of
+    clips whose nearest centre was that of their own class.
     ValueError: the loss is not finite; the weights are then as they were.
     """
     mean_loss, hits = 0.0, 0
@@ -161,31 +162,31 @@ def train(args: argparse.Namespace) -> None:
         clips += data.list_clips(args.data, machine, "train")
     class_of_clip = [(clip.machine, clip.attributes) for clip in clips]
     classes = sorted(set(class_of_clip))
-    number = {name: i for i, name in enumerate(classes)}
+    class_index = {name: i for i, name in enumerate(classes)}
     run = Run(args, clips, classes)
     if run.finished:
         return
     clip_lengths = [recording.n_samples for recording in data.check_clips(clips)]
     device = torch.device(args.device)
-    labels = torch.tensor([number[name] for name in class_of_clip], device=device)
+    labels = torch.tensor([class_index[name] for name in class_of_clip], device=device)
 
-    # What is trained: as it was after the last whole epoch, if the run continues.
+    # Model, loss and optimizer, in a run that continues as its last whole epoch left them.
     torch.manual_seed(seed_of_epoch(args.seed, 0))
     model = make_model(args).to(device)
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(device)
     optimizer = make_optimizer(model, arcface, args)
     run.restore(model, arcface, optimizer)
     if args.compile:
-        model.compile(dynamic=False)  # a graph for each size of batch
+        model.compile(dynamic=False)  # a graph for each size of (micro-)batch
 
-    # The learning rates: a linear warm-up, then constant.
+    # The learning rates: a linear warm-up, then constant. run.step steps are done already.
     n_steps = args.epochs * math.ceil(len(clips) / args.batch_size)
     warmup = max(1, min(args.warmup, n_steps // 10))
     print(f"{n_steps:,} steps in {args.epochs} epochs, of which {warmup:,} warm up")
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup), run.step - 1)
 
-    # The epochs. Each has its own seed, so a run that was interrupted repeats exactly what an
-    # uninterrupted one does.
+    # The epochs. Each has its own seed, so a run that was interrupted draws the same random numbers
+    # as one that was not.
     windows = RandomWindows(clip_lengths)
     loader = data.Loader(clips, windows, args.batch_size, args.workers, device)
     augment = SpecAug(args.time_mask, args.freq_mask)

@@ -584,7 +584,7 @@ MESSAGES = [
         "score.py",
         [*FAN, "--pretrained", "--k", "40"],
         None,
-        "fan: k = 40 needs 40 windows of other training clips, not 14",
+        "fan: 40 neighbours need 40 windows of other training clips, not 14",
     ),
     ("score.py", [*PUMP, "--pretrained", "--normalize", "train", "--k", "2"], own_machine, None),
     (

@@ -66,7 +66,9 @@ def test_the_k_nearest_are_averaged():
     assert nearest(found) == pytest.approx([0.1])
     assert nearest(found, 2) == pytest.approx([0.2])
     assert nearest(found, 3) == pytest.approx([0.3])
-    with pytest.raises(ValueError, match="k = 4 needs 4 windows of other training clips, not 3"):
+    with pytest.raises(
+        ValueError, match="4 neighbours need 4 windows of other training clips, not 3"
+    ):
         nearest(found, 4)
 
 
@@ -158,7 +160,7 @@ def test_a_domain_without_clips_has_no_bank(normalize):
     assert np.isfinite(both[0]).all()
 
 
-FIVE = "k = 4 needs 4 windows of other training clips, not 2"
+FIVE = "4 neighbours need 4 windows of other training clips, not 2"
 
 
 @pytest.mark.parametrize(
@@ -169,10 +171,10 @@ FIVE = "k = 4 needs 4 windows of other training clips, not 2"
             [0, 10, 30, 90],
             ["source"] * 3 + ["target"],
             "train",
-            "k = 1 needs 1 windows of other training clips, not 0",
+            "1 neighbours need 1 windows of other training clips, not 0",
         ),
         ([0, 10, 20], ["source"] * 3, "density", FIVE),
-        ([0], ["source"], "none", "k = 1 needs 1 windows of other training clips, not 0"),
+        ([0], ["source"], "none", "1 neighbours need 1 windows of other training clips, not 0"),
     ],
 )
 def test_too_few_clips_for_a_back_end_are_refused(angles, domains, normalize, message):
