@@ -8,7 +8,7 @@ score is that of its most anomalous window. A clip is called anomalous if its sc
 90th percentile of the training clips' own scores. These are taken against the bank without the
 clip's own windows.
 
-Distances differ between the many source and the few target clips. --normalize corrects for it:
+Distances differ between the many source and the few target clips. --normalize is to correct that:
 
     none      one bank of all training windows, no correction
     test      a bank for each domain, (score - μ) / σ for each, and the smallest of these. μ and σ

@@ -240,7 +240,7 @@ def figures_of(
 ) -> list[float]:
     """Train, score and evaluate one row by the ordinary commands; -> its FIGURES, in per cent."""
     flags = flags or ROWS[row]
-    run = Path("runs") / f"demo-{machine}-{row.replace(' ', '-')}-seed{seed}"
+    run = Path("runs/demo") / f"{machine}-{row.replace(' ', '-')}-seed{seed}"
     places = f"--machine {shlex.quote(machine)} --run {shlex.quote(str(run))}"
     here = f"--data data/demo --weights {shlex.quote(os.path.relpath(WEIGHTS))} --device cpu"
     if row == "as it is":
