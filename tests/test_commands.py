@@ -191,7 +191,7 @@ def test_the_demo_ends_with_its_table_and_says_what_it_is(small_demo, capsys):
     for row, name in zip(rows, ("as it is", "frozen", "LoRA"), strict=True):
         assert re.match(rf"\| {name} \| \d+\.\d \|", row)
     assert "Made-up sounds" in out and "no figures of DCASE" in out
-    drawn = list(Path("runs").glob("*/*.png"))
+    drawn = list(Path("runs").rglob("*.png"))
     assert all("LoRA" in str(path) for path in drawn)
     assert len(drawn) == (importlib.util.find_spec("matplotlib") is not None)
 

@@ -738,7 +738,7 @@ def test_two_workers_read_for_a_gpu_with_one_batch_each_in_waiting():
     parse = train.make_parser().parse_args
     assert train.workers_for(parse(["--machine", "fan", "--device", "cpu"])) == 0
     assert train.workers_for(parse(["--machine", "fan", "--device", "cuda"])) == min(
-        4, os.cpu_count()
+        2, os.cpu_count()
     )
     assert train.workers_for(parse(["--machine", "fan", "--device", "cuda", "--workers", "9"])) == 9
     assert data.Loader([], [], 1, 2, torch.device("cpu")).loader.prefetch_factor == 1
