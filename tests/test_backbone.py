@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import REAL, assert_equal_within, needs_real
+from conftest import REAL, ROOT, assert_equal_within, needs_real
 from torch import nn
 
 import backbone
@@ -23,7 +23,7 @@ from backbone import (
     Embedder,
     load_ast,
 )
-from lora import count_parameters
+from lora import add_lora, count_parameters
 
 # ---------------------------------------------------------------- the computation
 
@@ -583,3 +583,14 @@ def test_weights_put_in_place_by_hand_are_verified_and_never_deleted(server, tmp
     monkeypatch.setattr(backbone, "WEIGHTS_SHA256", hashlib.sha256(b"other").hexdigest())
     backbone.fetch_weights()
     assert server.requests == []
+
+
+def test_the_sizes_that_the_readme_prints():
+    with torch.device("meta"):
+        model = backbone.Embedder(AST().requires_grad_(False), "asp", 256)
+    head, total = count_parameters(model)
+    add_lora(model.ast, ["q", "v"], 64, 64)
+    lora = count_parameters(model)[0] - head
+    sizes = f"{total - head:,}; {lora:,}; {head:,}"
+    assert sizes == "86,187,264; 2,359,296; 786,816"
+    assert sizes in (ROOT / "README.md").read_text()
