@@ -307,6 +307,9 @@ class Run:
             other = f"{folder} holds another run: {'; '.join(changes)}"
             raise ValueError(f"{other}; --overwrite starts again, --run names another folder")
         if not (folder / "last.pt").exists():
+            if (folder / "adapter.pt").exists():
+                what = f"{folder} is finished, but has no last.pt to continue from"
+                raise ValueError(f"{what}; --overwrite starts again")
             return None
         checkpoint = backbone.load_file(folder / "last.pt")
         if checkpoint["epoch"] > epochs:

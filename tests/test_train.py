@@ -452,6 +452,13 @@ def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(small, capsys):
     assert results(run("--overwrite", "--seed", "1")) != before
 
 
+def test_a_finished_run_without_its_last_pt_is_not_overwritten(small, capsys):
+    small_machines("fan")
+    (run() / "last.pt").unlink()
+    assert "is finished, but has no last.pt to continue from" in error_of(capsys)
+    assert Path("runs/fan/adapter.pt").exists()
+
+
 def test_results_without_a_run_are_not_overwritten_either(small, capsys):
     small_machines("fan")
     Path("runs/fan").mkdir(parents=True)
