@@ -204,7 +204,7 @@ def test_the_demo_compares_four_rows_and_says_what_lora_is_worth(small_demo, mon
     monkeypatch.setattr(
         demo,
         "figures_of",
-        lambda machine, row, seed: [figures[row][machine == "fan"] + 2 * seed] * 4,
+        lambda machine, row, seed, more: [figures[row][machine == "fan"] + 2 * seed] * 4,
     )
     demo.main(["--all"])
     lines = capsys.readouterr().out.splitlines()
