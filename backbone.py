@@ -9,7 +9,7 @@ A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins); a token h
 
     Attention(u) = proj(softmax(q kᵀ / √64) v)               q, k, v: linear in u, heads of 64
 
-The tokens then become one vector, the embedding, of which the score is made:
+The tokens then become one vector, the embedding, from which the score is computed:
 
     embedding = linear(pool(tokens)) / ‖linear(pool(tokens))‖
 
@@ -159,11 +159,12 @@ class AttentiveStatisticsPooling(nn.Module):
 
 
 class Embedder(nn.Module):
-    """AST, pooling and linear layer: x (B, 1024, 128) -> embedding (B, embedding), of unit length.
+    """AST, pooling and linear layer: x (B, 1024, 128) -> (B, embedding), of unit length.
 
     pooling    "cls" (mean of the class tokens), "mean" (mean of the patch tokens), or "asp"
                (attentive statistics of the patch tokens)
     embedding  dimensions of the result; None leaves the linear layer out: the untouched AST
+    ValueError: another pooling.
     """
 
     def __init__(self, ast: AST, pooling: str, embedding: int | None):
@@ -174,8 +175,10 @@ class Embedder(nn.Module):
             self.pooling, pooled = AttentiveStatisticsPooling(dim), 2 * dim
         elif pooling == "mean":
             self.pooling, pooled = PatchMeanPooling(), dim
-        else:
+        elif pooling == "cls":
             self.pooling, pooled = ClassTokenPooling(), dim
+        else:
+            raise ValueError(f"the poolings are asp, mean and cls, not {pooling!r}")
         self.linear = nn.Identity() if embedding is None else nn.Linear(pooled, embedding)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
+from torchaudio.compliance.kaldi import get_mel_banks
 from torchaudio.functional import resample
 
 SAMPLE_RATE = 16000
@@ -57,7 +58,7 @@ class Clip(NamedTuple):
     split: str  # "train" or "test"
     domain: str | None  # "source" or "target"
     is_anomaly: bool | None
-    attributes: str  # "vel_9_loc_A"; with the machine, the class that training tells apart
+    attributes: str  # "vel_9_loc_A"; a class of training is (machine, attributes)
 
 
 CLIP_NAME = (
@@ -66,11 +67,11 @@ CLIP_NAME = (
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """fan/test/section_00_source_test_anomaly_0022_m-n_W.wav is of the machine fan and the split
-    test, source, an anomaly, with the attributes m-n_W.
+    """Read what a name tells.
 
-    A name of another form is a clip without labels: the evaluation set's section_00_0000.wav, or
-    one's own recordings.
+    fan/test/section_00_source_test_anomaly_0022_m-n_W.wav: machine fan, split test, domain source,
+    an anomaly, attributes m-n_W. A name of another form is a clip without labels: the evaluation
+    set's section_00_0000.wav, or one's own recordings.
     """
     path = Path(path)
     domain, label, attributes = None, None, None
@@ -94,14 +95,14 @@ def window_starts(n_samples: int) -> list[int]:
     n_frames = count_frames(n_samples)
     count = math.ceil(n_frames / N_FRAMES)
     last = n_frames - N_FRAMES  # first frame of the last window
-    return [round(frame) * HOP for frame in np.linspace(0, last, count)]
+    return [round(frame) * HOP for frame in np.linspace(0, last, count)]  # a single one is at 0
 
 
 class RandomWindows:
     """Sampler of an epoch: every clip once, in random order, at a random window.
 
-    It yields (index of the clip, first sample). All random numbers of an epoch are drawn before the
-    first of these, so that reading ahead cannot change the order of SpecAug's.
+    It yields (index of the clip, first sample), after it has drawn all random numbers of the epoch:
+    they are the same, however far ahead of SpecAug, which draws too, the clips are read.
     """
 
     def __init__(self, clip_lengths: list[int]):
@@ -111,8 +112,8 @@ class RandomWindows:
         return len(self.clip_lengths)
 
     def __iter__(self):
-        spare = (count_frames(self.clip_lengths) - N_FRAMES).clamp(min=0)  # beyond one window
-        start = (torch.rand(len(spare)) * (spare + 1)).long() * HOP
+        spare = (count_frames(self.clip_lengths) - N_FRAMES).clamp(min=0)  # frames beyond a window
+        start = (torch.rand(len(spare)) * (spare + 1)).long() * HOP  # in samples
         for index in torch.randperm(len(spare)).tolist():
             yield index, start[index].item()
 
@@ -122,26 +123,23 @@ class RandomWindows:
 
 @cache
 def mel_filters(device: torch.device) -> Tensor:
-    """M (257 FFT bins, 128 triangles). Of 130 points, evenly spaced in mel from 20 Hz to 8 kHz,
-    triangle m rises from point m to m + 1 and falls to m + 2. Kaldi's mel is 1127 ln(1 + Hz/700).
-    """
-    low = 1127 * math.log(1 + 20 / 700)
-    high = 1127 * math.log(1 + SAMPLE_RATE / 2 / 700)
-    points = low + torch.arange(N_MELS + 2) * ((high - low) / (N_MELS + 1))
-    left, centre, right = points[:-2, None], points[1:-1, None], points[2:, None]  # (128, 1) each
+    """M (257 FFT bins, 128 triangles), as Kaldi makes them from 20 Hz to 8 kHz.
 
-    hz = torch.arange(FFT // 2) * (SAMPLE_RATE / FFT)  # of each FFT bin below 8 kHz
-    mel = 1127 * (1 + hz / 700).log()
-    rising, falling = (mel - left) / (centre - left), (right - mel) / (right - centre)
-    filters = torch.minimum(rising, falling).clamp(min=0)  # (128, 256)
+    Of 130 points, evenly spaced on the mel scale, 1127 ln(1 + Hz/700), triangle m rises from point
+    m to m + 1 and falls to m + 2.
+    """
+    # The last three numbers are fbank's too: they switch vocal tract length normalisation off.
+    filters, _ = get_mel_banks(N_MELS, FFT, SAMPLE_RATE, 20, 0, 100, -500, 1.0)  # (128, 256)
     return pad(filters, (0, 1)).T.to(device)  # the bin of 8 kHz itself has weight 0
 
 
 def log_mel(waves: Tensor) -> Tensor:
     """Kaldi's log-mel filter bank: waves (B, n_samples) in [-1, 1] -> (B, n_frames, 128).
 
-    On a CPU it is bit-equal to torchaudio's kaldi.fbank as the official AST calls it (htk_compat,
-    "hanning", no dither, no energy). ValueError: integer samples, or fewer than one frame of 400.
+    On a CPU it is bit-equal to torchaudio's kaldi.fbank with the arguments of the official AST
+    (htk_compat, "hanning", no dither, no energy). Before that call, AST's code subtracts the mean
+    of the whole wave, which is redundant: each frame loses its mean anyway.
+    ValueError: integer samples, or fewer than one frame of 400.
     """
     if not waves.is_floating_point() or waves.ndim != 2 or waves.shape[1] < FRAME:
         got = f"{waves.dtype} {tuple(waves.shape)}"
@@ -153,10 +151,9 @@ def log_mel(waves: Tensor) -> Tensor:
 
 def filter_bank(frames: Tensor) -> Tensor:
     """The equation of X above: frames (B, T, 400) -> (B, T, 128)."""
-    # AST's code first subtracts the mean of the whole wave, which this makes redundant.
     frames = frames - frames.mean(dim=2, keepdim=True)
-    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # each sample's predecessor
-    frames -= 0.97 * before
+    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # of the first sample, itself
+    frames -= 0.97 * before  # pre-emphasis
     frames *= torch.hann_window(FRAME, periodic=False, device=frames.device)
     power = torch.fft.rfft(frames, n=FFT).abs().square_()  # (B, T, 257)
     mel = power @ mel_filters(frames.device)  # (B, T, 128)
@@ -179,8 +176,8 @@ def normalise(x: Tensor) -> Tensor:
 def spectrogram(waves: Tensor, lengths: Tensor) -> Tensor:
     """What the AST takes: waves (B, n_samples) and their lengths (B,) -> (B, 1024, 128)."""
     x = fit_frames(log_mel(waves))
-    # Shorter waves were filled up with zero samples, which log_mel turns into -15.9. The AST's
-    # padding is 0 in log-mel, so these frames are overwritten with it.
+    # The loader has filled shorter waves up with samples of 0, which log_mel turns into -15.9.
+    # The AST was trained with log-mel values of 0 after the end of a clip.
     padding = torch.arange(N_FRAMES, device=x.device) >= count_frames(lengths)[:, None]  # (B, T)
     return normalise(x.masked_fill(padding[:, :, None], 0))
 
@@ -188,7 +185,7 @@ def spectrogram(waves: Tensor, lengths: Tensor) -> Tensor:
 class SpecAug:
     """SpecAugment's two masks (Park et al. 2019, arXiv 1904.08779, section 2), without its warping.
 
-    x (B, T, F) -> (B, T, F). In each clip w frames from t₀ on, and v bins from f₀ on, become 0,
+    x (B, T, F) -> (B, T, F). In each window w frames from t₀ on, and v bins from f₀ on, become 0,
     which is AudioSet's mean: w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise v and f₀.
     ValueError: a mask wider than 1024 frames or 128 bins.
     """

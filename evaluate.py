@@ -25,7 +25,7 @@ from scipy.stats import hmean
 from sklearn.metrics import roc_auc_score
 
 # The three figures of a machine in the official score.
-ROWS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
+FIGURES = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
 EPS = sys.float_info.epsilon  # the official code's guard against zeros
 
 
@@ -35,10 +35,11 @@ def machine_metrics(
     is_target: np.ndarray,
     decisions: np.ndarray | None = None,
 ) -> dict[str, float]:
-    """All metrics of one machine, each from 0 to 1, from an entry per test clip, (n,).
+    """All metrics of one machine. The arguments are (n,), with an entry for each test clip.
 
-    Returns auc_source, auc_target, pauc, and precision, recall and f1 of each domain. NaN where one
-    is undefined: an AUC without normal clips or anomalies, the others without clips or decisions.
+    Returns auc_source, auc_target, pauc, and precision, recall and f1 of each domain, from 0 to 1.
+    NaN where one is undefined: AUC and pAUC without normal clips or without anomalies; precision,
+    recall and F1 without decisions or without clips of the domain.
     """
     scores = np.asarray(scores)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
@@ -72,7 +73,7 @@ def official_score(machines: list[dict[str, float]]) -> float:
     """Harmonic mean of the three over all machines; undefined ones are left out."""
     values = []
     for metrics in machines:
-        values += [metrics[row] for row in ROWS if not math.isnan(metrics[row])]
+        values += [metrics[row] for row in FIGURES if not math.isnan(metrics[row])]
     return float(hmean(np.maximum(values, EPS))) if values else math.nan
 
 
@@ -192,7 +193,7 @@ def percent(values: list[float]) -> str:
 
 def completeness(which: str, trial: list[dict]) -> str:
     """'' for a full set, or what is missing from it."""
-    undefined = sum(math.isnan(row[key]) for row in trial for key in ROWS)
+    undefined = sum(math.isnan(row[key]) for row in trial for key in FIGURES)
     notes = [f"{len(trial)}/7"] if which != "own" and len(trial) < 7 else []
     notes += [f"{undefined} of {3 * len(trial)} values undefined"] if undefined else []
     return f"partial ({'; '.join(notes)})" if notes else ""
@@ -204,7 +205,7 @@ def table(which: str, trials: list[list[dict]]) -> str:
     runs = f"{len(trials)} run{'s' * (len(trials) > 1)}"
     lines = [f"### {which}: {runs}; {backend_of(trials[0])}", ""]
     lines += ["| % | " + " | ".join(machines) + " |", "| --- |" + " ---: |" * len(machines)]
-    for key, title in (ROWS | {"harmonic_mean": "harmonic mean"}).items():
+    for key, title in (FIGURES | {"harmonic_mean": "harmonic mean"}).items():
         cells = []
         for column in range(len(machines)):
             cells.append(percent([trial[column][key] for trial in trials]))

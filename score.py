@@ -5,20 +5,20 @@
 
 A clip is cut into windows of 1024 frames, one for 10 s. Each is scored by itself, and the clip's
 score is that of its most anomalous window. A clip is called anomalous if its score is above the
-90th percentile of the training clips' own scores. These are taken against the bank without the
-clip's own windows.
+90th percentile of the training clips' own scores. For its own score a training clip meets the bank
+without its own windows.
 
 Distances differ between the many source and the few target clips. --normalize is to correct that:
 
-    none      one bank of all training windows, no correction
+    none      one bank of all training windows, no correction (the default)
     test      a bank for each domain, (score - μ) / σ for each, and the smallest of these. μ and σ
-              are those of all test windows against that bank, so this is TRANSDUCTIVE:
-              every score and decision depends on the whole test set (the lab's released RMIS)
+              are those of all test windows against that bank, so this is TRANSDUCTIVE: every score
+              and decision depends on the whole test set (RMIS, released by the paper's lab)
     train     the same with μ and σ of the bank's own scores (ours: it needs no test clips)
     density   one bank, d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest
               neighbours in the bank (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
-ρ, and μ and σ under train, are computed once, not again without the training clip being scored.
+ρ, μ and σ are computed once, from all training clips; when one of these is scored, they stay.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -42,8 +42,8 @@ def embed(
 ):
     """Embed all windows of all clips, in the order of the clips; `clip_lengths` are in samples.
 
-    Yields for each batch the windows' clip indices (B,) and embeddings (B, D) of unit length, in
-    float32 on every device.
+    Yields for each batch the windows' clip indices (B,) and embeddings (B, D) of unit length,
+    computed in float32 on every device.
     """
     model.eval()
     device = model.ast.pos_embed.device
@@ -52,15 +52,15 @@ def embed(
         for start in window_starts(n_samples):
             windows.append((index, start))
 
-    for waves, n_samples, index in data.Loader(clips, windows, batch_size, workers, device):
-        x = spectrogram(waves, n_samples)  # (B, 1024, 128)
+    for waves, lengths, index in data.Loader(clips, windows, batch_size, workers, device):
+        x = spectrogram(waves, lengths)  # (B, 1024, 128)
         yield index.cpu().numpy(), model(x).cpu().numpy()
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
-    d = x @ -y.T  # and the rest in place, since d may be large
-    d += 1
+    d = x @ -y.T
+    d += 1  # in place: d may be too large for a second copy
     np.maximum(d, 0, out=d)  # rounding may go below 0
     return d
 
@@ -75,7 +75,7 @@ def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
         raise ValueError(
             f"{k} neighbours need {k} windows of other training clips, not {available}"
         )
-    # Row by row, since d may be too large for a second copy.
+    # Row by row: again no second copy.
     return np.array([np.partition(row, k - 1)[:k].mean() for row in d])
 
 
@@ -106,7 +106,7 @@ def anomaly_scores(
 
     of_test, of_train = [], []
     for name in ("source", "target", None):
-        bank = domain == name  # (n,) bool, the bank's columns
+        bank = domain == name  # (n,) bool: these columns of the distances
         if not bank.any():
             continue
         test_scores, train_scores = nearest(d_test[:, bank], k), nearest(d_train[:, bank], k)
@@ -132,8 +132,8 @@ def most_anomalous(scores: np.ndarray, owner: np.ndarray) -> np.ndarray:
 def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
     """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' own scores.
 
-    For a trained model this threshold is low: training has drawn those clips together, so more than
-    10 % of the normal clips that it has not heard usually exceed it.
+    For a trained model it is low: training has drawn those clips together, and usually more than
+    10 % of the normal clips that the model has not heard lie above it.
     """
     threshold = np.percentile(train_scores, percentile)
     return scores > threshold, threshold

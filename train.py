@@ -2,8 +2,8 @@
 
 Every training clip is normal. What is learned is to tell machines and their operating conditions
 apart: the class of a clip is its machine with its attributes. A clip that then lies far from every
-training clip of its machine is an anomaly (score.py). For a clip of class y, with the unit-length
-embedding e and a centre w_j for each class,
+training clip of its machine is an anomaly (score.py). For a clip of class y, with the embedding e
+and a centre w_j for each class, all of unit length,
 
     cos θ_j = e · w_j
     loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])            ArcFace
@@ -34,8 +34,9 @@ from data import RandomWindows, SpecAug, spectrogram
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 # Flag, default, meaning, and who chose the default. The paper is Zheng et al., arXiv 2409.07016:
-# [abstract] it says so; [reported] others say so of it; [same lab] its first author's DCASE2025
-# report; [ASDKit] an independent recipe, TakuyaFujimura/dcase-asd-toolkit. See README.md.
+# [abstract] it says so; [reported] we know it second-hand; [same lab] its first author's DCASE2025
+# report; [ASDKit] an independent recipe, TakuyaFujimura/dcase-asd-toolkit; [AST's own] its authors'
+# training. See README.md.
 HYPERPARAMETERS = {
     "LoRA": [
         ("--tuning", "lora", "adapters (lora), all of the AST (full), or none (frozen) [abstract]"),
@@ -43,7 +44,7 @@ HYPERPARAMETERS = {
         ("--alpha", None, "scales the update by alpha/rank; left out: alpha = rank [our choice]"),
         ("--dropout", 0.0, "on the update's input [ASDKit]"),
         ("--targets", ["q", "v"], "linear layers that get it: q k v proj fc1 fc2 [ASDKit]"),
-        ("--layers", "all", "blocks that get it: all, 8-11, 0,5 [reported]"),
+        ("--layers", "all", "blocks that get it: all, or such as 8-11 or 0,5 [reported]"),
     ],
     "head": [
         ("--pooling", "asp", "attentive statistics or mean of patches, or cls tokens [same lab]"),
@@ -59,7 +60,7 @@ HYPERPARAMETERS = {
     ],
     "optimizer": [
         ("--lr", 1e-4, "AdamW's rate for LoRA, head and class centres [ASDKit]"),
-        ("--ast-lr", 1e-5, "AdamW's rate for the AST's own weights, under full [AST's own]"),
+        ("--ast-lr", 1e-5, "AdamW's rate for the AST's own weights, if --tuning full [AST's own]"),
         ("--warmup", 360, "steps in which the rates rise, at most a tenth of the run [same lab]"),
         ("--weight-decay", 0.01, "AdamW's [our choice]"),
         ("--epochs", 25, "times that every clip is heard [ASDKit]"),
@@ -72,7 +73,7 @@ HYPERPARAMETERS = {
 class ArcFace(nn.Module):
     """Additive angular margin loss (Deng et al. 2019, arXiv 1801.07698, equation 3).
 
-    Each class has one trained centre; the margin is in radians.
+    Each class has one trained centre, of which only the direction counts; the margin is in radians.
     forward: unit-length embeddings (B, dim), labels (B,) -> logits (B, classes) for cross-entropy.
     """
 
@@ -95,17 +96,18 @@ class ArcFace(nn.Module):
         sin_y = ((1 - cos_y) * (1 + cos_y)).clamp(min=1e-12).sqrt()
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
 
-        # Beyond θ = π - m, cos(θ + m) would rise again and reward the worst clips. There the
-        # authors' code (insightface, easy_margin off) subtracts a constant from cos θ instead.
+        # Beyond θ = π - m, where cos θ = -cos m, cos(θ + m) would rise again and reward the worst
+        # clips. There the authors' code (insightface, easy_margin off) takes a line instead.
         line = cos_y - self.margin * math.sin(self.margin)
         with_margin = torch.where(cos_y > -math.cos(self.margin), with_margin, line)
         return self.scale * cos.scatter(1, labels[:, None], with_margin)
 
 
 def make_model(args: argparse.Namespace) -> Embedder:
-    """The pre-trained AST under pooling and linear layer.
+    """The pre-trained AST, then pooling and linear layer.
 
-    What requires a gradient is trained: both of these, and the part of the AST that --tuning says.
+    What requires a gradient is trained: pooling, linear layer, and what --tuning says of the AST.
+    main has made --alpha a number and --layers a list, or None for all.
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
@@ -114,9 +116,9 @@ def make_model(args: argparse.Namespace) -> Embedder:
 
 
 def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace):
-    """AdamW. The head has the same rate under every --tuning, so that they can be compared."""
-    head = [*model.pooling.parameters(), *model.linear.parameters(), *arcface.parameters()]
-    groups = [{"params": head, "lr": args.lr}]
+    """AdamW. Head and class centres have the same rate under every --tuning: a fair comparison."""
+    on_top = [*model.pooling.parameters(), *model.linear.parameters(), *arcface.parameters()]
+    groups = [{"params": on_top, "lr": args.lr}]
     in_ast = [p for p in model.ast.parameters() if p.requires_grad]
     if in_ast:
         groups.append({"params": in_ast, "lr": args.ast_lr if args.tuning == "full" else args.lr})
@@ -132,7 +134,7 @@ def train_step(
     clips whose nearest centre was that of their own class.
     ValueError: the loss is not finite; the weights are then as they were.
     """
-    mean_loss, hits = 0.0, 0
+    mean_loss, hits = 0.0, 0  # tensors from the first part on, read when the step is done
     for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch)):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             embedding = model(x_part)  # (b, 256), float32 again
@@ -166,11 +168,11 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args, clips, classes)
     if run.finished:
         return
-    clip_lengths = [recording.n_samples for recording in data.check_clips(clips)]
+    clip_lengths = [recording.n_samples for recording in data.check_clips(clips)]  # at 16 kHz
     device = torch.device(args.device)
     labels = torch.tensor([class_index[name] for name in class_of_clip], device=device)
 
-    # Model, loss and optimizer, in a run that continues as its last whole epoch left them.
+    # Model, loss and optimizer. If the run continues, they are restored from its last whole epoch.
     torch.manual_seed(seed_of_epoch(args.seed, 0))
     model = make_model(args).to(device)
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(device)
