@@ -87,12 +87,13 @@ class ArcFace(nn.Module):
 
     def cosines(self, embedding: Tensor) -> Tensor:
         """cos θ to each class centre, (B, classes). The predicted class has the largest."""
-        return F.linear(embedding, F.normalize(self.centres)).clamp(-1, 1)
+        return F.linear(embedding, F.normalize(self.centres))
 
     def logits(self, cos: Tensor, labels: Tensor) -> Tensor:
         """Put the margin on the cosine of the true class, and scale: (B, classes)."""
         cos_y = cos.gather(1, labels[:, None])  # (B, 1)
-        # sin θ = √(1 - cos² θ), factored to keep digits near ±1, where its slope is infinite.
+        # sin θ = √(1 - cos² θ), factored to keep digits near ±1, where its slope is infinite. By
+        # rounding, cos θ may lie a little outside ±1.
         sin_y = ((1 - cos_y) * (1 + cos_y)).clamp(min=1e-12).sqrt()
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
 
@@ -192,7 +193,6 @@ def train(args: argparse.Namespace) -> None:
     windows = RandomWindows(clip_lengths)
     loader = data.Loader(clips, windows, args.batch_size, args.workers, device)
     augment = SpecAug(args.time_mask, args.freq_mask)
-    model.train()
     with run.open():
         for epoch in range(run.epoch + 1, args.epochs + 1):
             torch.manual_seed(seed_of_epoch(args.seed, epoch))

@@ -604,6 +604,7 @@ def test_a_width_of_0_turns_a_mask_off(time_mask, freq_mask):
 
 
 def test_specaug_may_mask_everything_but_not_more():
+    SpecAug(1024, 128)
     assert mask_widths(10, 10, 10, 0, clips=500)[0].max() == 10
     for masks in ((-1, 0), (0, 129), (1025, 0)):
         with pytest.raises(ValueError, match="SpecAug"):

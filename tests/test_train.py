@@ -138,6 +138,14 @@ def test_arcface_falls_with_the_angle_all_the_way_to_pi():
     assert (logits.diff() < 0).all()
 
 
+def test_the_line_begins_just_where_the_margin_reaches_pi():
+    """As in the authors' code, cos θ > cos(π - m) is needed for cos(θ + m)."""
+    cos = torch.tensor([[-math.cos(0.2), 0.0], [-math.cos(0.2) + 1e-6, 0.0]])
+    logits = ArcFace(2, 2, 1.0, 0.2).logits(cos, torch.tensor([0, 0]))[:, 0]
+    line = -math.cos(0.2) - 0.2 * math.sin(0.2)
+    assert logits.tolist() == pytest.approx([line, -1.0], abs=1e-5)
+
+
 def test_no_margin_is_a_scaled_cosine_and_the_margin_touches_the_true_class_only():
     torch.manual_seed(0)
     embedding, labels = F.normalize(torch.randn(5, 8)), torch.tensor([0, 1, 2, 0, 1])
@@ -266,6 +274,7 @@ def test_only_pretrained_weights_have_their_own_rate(small):
         )
         groups = groups["optimizer"]["param_groups"]
         assert [group["initial_lr"] for group in groups] == expected
+        assert all(group["fused"] is True for group in groups)
         sizes = [len(group["params"]) for group in groups]
         assert (
             sizes[0] == 7
@@ -376,6 +385,17 @@ def test_warm_up_is_linear_and_then_constant(small, capsys):
     assert "20 steps in 10 epochs, of which 1 warm up" in capsys.readouterr().out
 
 
+def test_a_run_that_continues_within_its_warm_up_goes_on_with_it(small, monkeypatch):
+    """30 epochs of a step each, of which three warm up; cut off after the first."""
+    small_machines("fan")
+    flags = ["--lr", "0.006", "--epochs", "30", "--batch-size", "7"]
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        interrupt_after_epoch(patch, 1)
+        run(*flags)
+    rates = [row["lr"] for row in log_of(run(*flags))]
+    assert rates == pytest.approx([0.002, 0.004] + 28 * [0.006])
+
+
 def test_twelve_clips_in_ten_epochs_have_warmed_up_after_the_first(small):
     small_machines("fan", n_train=12)
     first = log_of(run("--epochs", "10"))[0]
@@ -444,8 +464,11 @@ def test_the_log_is_readable_in_a_file(small):
 def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(small, capsys):
     small_machines("fan")
     before = results(run())
+    scores = Path("runs/fan/anomaly_score_fan_section_00_test.csv")
+    scores.touch()
     capsys.readouterr()
     run()
+    assert scores.exists()
     out = capsys.readouterr().out
     assert "runs/fan is finished already; next: python score.py --machine fan" in out
     assert results(Path("runs/fan")) == before
