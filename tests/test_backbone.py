@@ -96,6 +96,12 @@ def test_tokens_are_cls_dist_patches_plus_positions():
     torch.testing.assert_close(tokens[1, 1213], ast.patch_embed.bias + ast.pos_embed[0, 1213])
 
 
+def test_random_weights_begin_as_a_vision_transformers_do():
+    ast = AST(dim=768, depth=0)
+    for parameter in (ast.cls_token, ast.dist_token, ast.pos_embed):
+        assert parameter.std().item() == pytest.approx(0.02, rel=0.2)
+
+
 @pytest.mark.parametrize("shape", [(1, 1023, 128), (1, 128, 1024), (1, 1024, 64)])
 def test_another_input_shape_is_refused(shape):
     with pytest.raises(ValueError, match="needs \\(B, 1024, 128\\)"):
@@ -588,6 +594,7 @@ def test_weights_put_in_place_by_hand_are_verified_and_never_deleted(server, tmp
 def test_the_sizes_that_the_readme_prints():
     with torch.device("meta"):
         model = backbone.Embedder(AST().requires_grad_(False), "asp", 256)
+    assert model.ast.blocks[0].attn.heads == 12
     head, total = count_parameters(model)
     add_lora(model.ast, ["q", "v"], 64, 64)
     lora = count_parameters(model)[0] - head
