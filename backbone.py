@@ -103,8 +103,8 @@ class AST(nn.Module):
         image = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T): frequency is its height
         patches = self.patch_embed(image)  # (B, D, 12, 101)
         patches = patches.flatten(2).transpose(1, 2)  # (B, 1212, D): time runs fastest
-        cls = self.cls_token.expand(len(x), -1, -1)  # (B, 1, D)
-        dist = self.dist_token.expand(len(x), -1, -1)
+        cls = self.cls_token.expand(len(x), 1, -1)  # (B, 1, D)
+        dist = self.dist_token.expand(len(x), 1, -1)
         z = torch.cat([cls, dist, patches], dim=1) + self.pos_embed  # (B, 1214, D)
         for block in self.blocks:
             z = block(z)
@@ -140,7 +140,7 @@ class AttentiveStatisticsPooling(nn.Module):
     def __init__(self, dim: int, hidden: int = 128):
         super().__init__()
         # W₁ [h, mean, std] = W_h h + W_c [mean, std]: the second part is the same for every token,
-        # so it is computed once a clip and not 1212 times.
+        # so it is computed once and not 1212 times.
         self.hidden_of_token = nn.Linear(dim, hidden)
         self.hidden_of_context = nn.Linear(2 * dim, hidden, bias=False)
         self.weights = nn.Linear(hidden, dim, bias=False)

@@ -94,15 +94,16 @@ def window_starts(n_samples: int) -> list[int]:
     """Where a clip's windows begin, in samples: as few as cover it, evenly spaced."""
     n_frames = count_frames(n_samples)
     count = math.ceil(n_frames / N_FRAMES)
-    last = n_frames - N_FRAMES  # first frame of the last window
-    return [round(frame) * HOP for frame in np.linspace(0, last, count)]  # a single one is at 0
+    last = n_frames - N_FRAMES  # first frame of the last of several; one alone begins at 0
+    return [round(frame) * HOP for frame in np.linspace(0, last, count)]
 
 
 class RandomWindows:
     """Sampler of an epoch: every clip once, in random order, at a random window.
 
-    It yields (index of the clip, first sample), after it has drawn all random numbers of the epoch:
-    they are the same, however far ahead of SpecAug, which draws too, the clips are read.
+    It yields (index of the clip, first sample). All its random numbers are drawn before the first
+    pair: the loader reads ahead by more or less, while SpecAug draws from the same generator, and
+    that must not change a run.
     """
 
     def __init__(self, clip_lengths: list[int]):
@@ -128,7 +129,7 @@ def mel_filters(device: torch.device) -> Tensor:
     Of 130 points, evenly spaced on the mel scale, 1127 ln(1 + Hz/700), triangle m rises from point
     m to m + 1 and falls to m + 2.
     """
-    # The last three numbers are fbank's too: they switch vocal tract length normalisation off.
+    # The last three are fbank's defaults: no vocal tract length normalisation (a factor of 1.0).
     filters, _ = get_mel_banks(N_MELS, FFT, SAMPLE_RATE, 20, 0, 100, -500, 1.0)  # (128, 256)
     return pad(filters, (0, 1)).T.to(device)  # the bin of 8 kHz itself has weight 0
 
@@ -185,8 +186,9 @@ def spectrogram(waves: Tensor, lengths: Tensor) -> Tensor:
 class SpecAug:
     """SpecAugment's two masks (Park et al. 2019, arXiv 1904.08779, section 2), without its warping.
 
-    x (B, T, F) -> (B, T, F). In each window w frames from t₀ on, and v bins from f₀ on, become 0,
-    which is AudioSet's mean: w is uniform on {0..time_mask}, t₀ on {0..T-w}; likewise v and f₀.
+    x (B, T, F) -> (B, T, F). In each of the B spectrograms w frames from t₀ on, and v bins
+    from f₀ on, become 0, which is AudioSet's mean. w is uniform on {0..time_mask}, t₀ on {0..T-w};
+    likewise v and f₀.
     ValueError: a mask wider than 1024 frames or 128 bins.
     """
 

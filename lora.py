@@ -23,7 +23,8 @@ class LoRALinear(nn.Module):
     """The equation above around one `nn.Linear`, which is frozen and kept as `base`.
 
     rank     r >= 1; the update has rank · (in + out) weights instead of in · out
-    alpha    the update is scaled by alpha/rank: with one alpha for all ranks, one learning rate
+    alpha    scales the update by alpha/rank, so that another rank with the same alpha needs no
+             other learning rate, or hardly
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
     forward: x (..., in) -> (..., out). ValueError: one of them is out of range.

@@ -16,9 +16,10 @@ Distances differ between the many source and the few target clips. --normalize i
               and decision depends on the whole test set (RMIS, released by the paper's lab)
     train     the same with μ and σ of the bank's own scores (ours: it needs no test clips)
     density   one bank, d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest
-              neighbours in the bank (Wilkinghoff et al. 2025, arXiv 2509.10951)
+              neighbours from other clips (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
-ρ, μ and σ are computed once, from all training clips; when one of these is scored, they stay.
+ρ, μ and σ are computed once. They stay when a training clip is scored, though its windows leave the
+bank for that.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -110,6 +111,7 @@ def anomaly_scores(
         if not bank.any():
             continue
         test_scores, train_scores = nearest(d_test[:, bank], k), nearest(d_train[:, bank], k)
+        # All test windows, as their domain is not to be used; or the windows of the bank itself.
         reference = test_scores if normalize == "test" else train_scores[bank]
         mean, std = reference.mean(), reference.std()
         if std < 1e-9:
@@ -132,8 +134,10 @@ def most_anomalous(scores: np.ndarray, owner: np.ndarray) -> np.ndarray:
 def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
     """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' own scores.
 
-    For a trained model it is low: training has drawn those clips together, and usually more than
-    10 % of the normal clips that the model has not heard lie above it.
+    Both are scores of clips, of each that of its most anomalous window.
+
+    For a trained model the threshold is low: training has drawn those clips together, and usually
+    more than 10 % of the normal clips that the model has not heard lie above it.
     """
     threshold = np.percentile(train_scores, percentile)
     return scores > threshold, threshold

@@ -21,6 +21,7 @@ from backbone import (
     Block,
     ClassTokenPooling,
     Embedder,
+    PatchMeanPooling,
     load_ast,
 )
 from lora import add_lora, count_parameters
@@ -108,9 +109,10 @@ def test_another_input_shape_is_refused(shape):
         AST(dim=64, depth=1, heads=1)(torch.zeros(shape))
 
 
-def test_class_token_pooling_takes_both_class_tokens():
-    tokens = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0]]])
+def test_means_of_both_class_tokens_or_of_the_patches():
+    tokens = torch.tensor([[[1.0, 2.0], [3.0, 6.0], [100.0, 100.0], [50.0, 0.0]]])
     assert ClassTokenPooling()(tokens).tolist() == [[2.0, 4.0]]
+    assert PatchMeanPooling()(tokens).tolist() == [[75.0, 50.0]]
 
 
 def test_attentive_statistics_pooling_is_the_equation():
@@ -138,16 +140,23 @@ def test_attentive_statistics_pooling_is_the_equation():
 
 def test_pooling_tokens_that_are_all_alike_has_a_finite_gradient():
     pool, tokens = AttentiveStatisticsPooling(8), torch.ones(1, 12, 8, requires_grad=True)
-    pool(tokens).sum().backward()
+    pooled = pool(tokens)
+    assert pooled[0].tolist() == pytest.approx(8 * [1.0] + 8 * [1e-3])
+    pooled.sum().backward()
     assert tokens.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("pooling", "size"), [("cls", 16), ("asp", 16), ("cls", None)])
+@pytest.mark.parametrize(("pooling", "size"), [("cls", 16), ("asp", 16), ("mean", None)])
 def test_embeddings_have_unit_length(pooling, size):
     model = Embedder(AST(dim=64, depth=1, heads=1), pooling, size)
     embedding = model(torch.randn(2, 1024, 128))
     assert embedding.shape == (2, size or 64)
     torch.testing.assert_close(embedding.norm(dim=1), torch.ones(2))
+
+
+def test_another_pooling_is_refused():
+    with pytest.raises(ValueError, match="asp, mean and cls, not 'max'"):
+        Embedder(AST(dim=64, depth=0, heads=1), "max", 16)
 
 
 # ---------------------------------------------------------------- against other implementations
