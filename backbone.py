@@ -183,7 +183,7 @@ class Embedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pooling(self.ast(x))
-        return F.normalize(self.linear(pooled).float(), dim=1)
+        return F.normalize(self.linear(pooled).float())
 
 
 # ---------------------------------------------- plumbing: not needed to follow the method
