@@ -383,9 +383,8 @@ def check_format(content: bytes, rate: int, samples: np.ndarray) -> None:
         if not np.isfinite(samples).all():
             raise ValueError("samples that are not finite (NaN or infinity)")
         if (peak := np.abs(samples).max()) > 8:  # a little over 1 is normal
-            raise ValueError(
-                f"float samples up to {peak:g}, not 1; divide them by their full scale"
-            )
+            high = f"float samples up to {peak:g}, not 1"
+            raise ValueError(f"{high}; divide them by their full scale")
     # The resampling filter has about (rate / divisor) · (16000 / divisor) weights: 70,560 from
     # 44.1 kHz, 256 million from 16,001 Hz.
     if rate < 1000 or rate * SAMPLE_RATE // math.gcd(rate, SAMPLE_RATE) ** 2 > 10_000_000:
@@ -401,11 +400,14 @@ class Recording(NamedTuple):
     silent: float  # share of its 10 ms that stay below -80 dB
 
 
-def look_at(path: Path) -> Recording:
-    """Decode a clip. ValueError: it cannot be used."""
-    wave = read_wav(path)
+def look_at(clip: Clip) -> Recording | str:
+    """Decode a clip; where it cannot be used, say why."""
+    try:
+        wave = read_wav(clip.path)
+    except ValueError as error:
+        return str(error)
     if len(wave) < FRAME:
-        raise ValueError(f"{path}: shorter than one frame of 25 ms")
+        return f"{clip.path}: shorter than one frame of 25 ms"
     level = 10 * math.log10(wave.square().mean().item() + 1e-12)
     clipped = (wave.abs() >= 0.999).float().mean().item()
     peaks = wave[: len(wave) // HOP * HOP].view(-1, HOP).abs().amax(dim=1)
@@ -417,15 +419,8 @@ def check_clips(clips: list[Clip]) -> list[Recording]:
 
     ValueError: lists every clip that cannot be used (the first ten, and how many).
     """
-
-    def look(clip: Clip) -> Recording | str:
-        try:
-            return look_at(clip.path)
-        except ValueError as error:
-            return str(error)
-
     with ThreadPoolExecutor() as pool:
-        found = list(progress(pool.map(look, clips), "checking", len(clips)))
+        found = list(progress(pool.map(look_at, clips), "checking", len(clips)))
     if bad := [reason for reason in found if isinstance(reason, str)]:
         what = f"{len(bad)} of {len(clips)} clips cannot be used (mend or remove them)"
         raise ValueError(f"{what}: {first_ten(bad, '; ')}")
@@ -464,9 +459,8 @@ def read_01(path: Path, names: list[str]) -> list[bool]:
     if missing := [name for name in names if name not in table]:
         raise ValueError(f"{path} has no row for {len(missing)} clips: {first_ten(missing)}")
     if unknown := sorted(table.keys() - set(names)):
-        raise ValueError(
-            f"{path} has {len(unknown)} rows that were not scored: {first_ten(unknown)}"
-        )
+        what = f"{len(unknown)} rows that were not scored"
+        raise ValueError(f"{path} has {what}: {first_ten(unknown)}")
     if wrong := [name for name in names if table[name] not in (0, 1)]:
         raise ValueError(f"{path}: {wrong[0]} is {table[wrong[0]]}, not 0 or 1")
     return [bool(table[name]) for name in names]
@@ -618,26 +612,33 @@ class Parser(argparse.ArgumentParser):
 
         super().__init__(prog, argparse.SUPPRESS, about, allow_abbrev=False, formatter_class=wide)
 
+    def parse_args(self, argv: list[str] | None = None) -> argparse.Namespace:
+        """And keep the command line for what Ctrl-C says: the same again, without --overwrite."""
+        argv = sys.argv[1:] if argv is None else argv
+        again = [flag for flag in argv if flag != "--overwrite"]
+        self.again = f"python {self.prog} {shlex.join(again)}"
+        return super().parse_args(argv)
+
     def error(self, message: str):
         if unknown := re.search(r"unrecognized arguments:.*?(--[\w-]+)", message):
             message += did_you_mean(unknown[1], list(self._option_string_actions))
         super().error(message)
 
 
-NO_MEMORY = (
-    "the GPU's memory is too small; halve train.py's --micro-batch or score.py's --batch-size"
-)
-NO_COMPILER = (
-    "--compile needs a C++ compiler; install one (apt install g++), or leave --compile out"
-)
-WORKER_KILLED = (
-    "a process that reads WAV files was killed, mostly for want of shared memory; give the "
-    "container more (docker run --shm-size=1g), or read without such processes: --workers 0"
-)
+# What PyTorch says, and what a user can do about it.
+REMEDIES = [
+    (r"out of memory",
+     "the GPU's memory is too small; halve train.py's --micro-batch or score.py's --batch-size"),
+    (r"No working C\+\+ compiler|Failed to find C compiler",
+     "--compile needs a C++ compiler; install one (apt install g++), or leave --compile out"),
+    (r"DataLoader worker .* (killed|exited)",
+     "a process that reads WAV files was killed, mostly for want of shared memory; give the "
+     "container more (docker run --shm-size=1g), or read without such processes: --workers 0"),
+]  # fmt: skip
 
 
 @contextmanager
-def one_line_errors(parser: Parser, interrupted: str = "the same command continues from here"):
+def one_line_errors(parser: Parser, continues: str = "continues from here"):
     """What a user can mend ends in one line and exit status 2, Ctrl-C in 130, a bug in a traceback.
 
     With the environment variable ASD_TRACEBACK=1 the traceback is printed before any such line.
@@ -647,7 +648,7 @@ def one_line_errors(parser: Parser, interrupted: str = "the same command continu
     try:
         yield
     except KeyboardInterrupt:
-        parser.exit(130, f"\n{parser.prog}: interrupted; {interrupted}\n")
+        parser.exit(130, f"\n{parser.prog}: interrupted; {parser.again} {continues}\n")
     except Exception as error:
         message = what_to_do(error)
         if message is None:
@@ -659,14 +660,11 @@ def one_line_errors(parser: Parser, interrupted: str = "the same command continu
 
 def what_to_do(error: Exception) -> str | None:
     """The one line for an error that a user can mend; None for a bug."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return NO_MEMORY
-    if re.search(r"No working C\+\+ compiler|Failed to find C compiler", str(error)):
-        return NO_COMPILER
     if isinstance(error, ValueError | OSError):
         return str(error).strip().splitlines()[-1]  # of a worker's traceback, the line that is ours
-    if re.match(r"DataLoader worker .* (killed|exited)", str(error)):
-        return WORKER_KILLED
+    for symptom, remedy in REMEDIES:
+        if re.search(symptom, str(error)):
+            return remedy
     return None
 
 
@@ -691,12 +689,11 @@ def whole_file(path: str | Path):
             file.flush()
             os.fsync(file.fileno())  # or a power cut could leave the new name with no content
         part.replace(path)
-    except BaseException as error:
-        part.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            why = f"cannot write {path}: {error.strerror}"
-            raise OSError(f"{why}; the file is as it was before") from error
-        raise
+    except OSError as error:
+        why = f"cannot write {path}: {error.strerror}"
+        raise OSError(f"{why}; the file is as it was before") from error
+    finally:
+        part.unlink(missing_ok=True)  # if it is still there
 
 
 def write_file(path: str | Path, content: bytes) -> None:
@@ -810,9 +807,8 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
     """
     if path.exists():  # put there by hand, or kept from a run that was interrupted while unpacking
         if problem := what_is_wrong(path, algorithm, digest):
-            raise ValueError(
-                f"{path} {problem}; delete it, or replace it by what a browser gets from {url}"
-            )
+            instead = f"delete it, or replace it by what a browser gets from {url}"
+            raise ValueError(f"{path} {problem}; {instead}")
         return
     part = path.with_name(path.name + ".part")
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -121,15 +121,12 @@ def evaluate_machine(machine: str, run: Path, root: Path | None = None, remarks=
     decided = None
     if decisions.exists():
         decided = np.array(data.read_01(decisions, list(scores)))[known]
-        for what, wrong in (
-            ("misses", is_anomaly & ~decided),
-            ("false alarms", ~is_anomaly & decided),
-        ):
+        wrongs = {"misses": is_anomaly & ~decided, "false alarms": ~is_anomaly & decided}
+        for what, wrong in wrongs.items():
             listed = f": {data.first_ten(names[wrong].tolist())}" if wrong.any() else ""
             remarks.append(f"{machine}: {wrong.sum()} {what}{listed}")
-    metrics = machine_metrics(
-        np.array(list(scores.values()))[known], is_anomaly, is_target, decided
-    )
+    values = np.array(list(scores.values()))[known]
+    metrics = machine_metrics(values, is_anomaly, is_target, decided)
 
     args = data.read_json(run / "args.json").get("args", {})
     which = "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"

@@ -120,7 +120,6 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
-@torch.no_grad()
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy it into a model that was prepared in the same way.
 
@@ -135,8 +134,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
         if tensor.shape != state[name].shape:
             shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
             raise ValueError(f"another rank or size was trained: {name} is {shapes}")
-    for name, tensor in trained.items():
-        tensor.copy_(state[name])
+    model.load_state_dict(state, strict=False)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:

@@ -148,9 +148,6 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
 import argparse
 import importlib.util
 import json
-import os
-import shlex
-import sys
 import time
 import zipfile
 from concurrent.futures import ThreadPoolExecutor
@@ -233,11 +230,11 @@ class Machine:
         self.test_digests = digests[n_train:]
         self.new = {d: clip for d, clip in zip(digests, clips) if d not in self.kept}
 
-    def embed(self, model: Embedder, recordings: list[Recording]) -> None:
+    def embed(self, model: Embedder, recordings: dict[str, Recording]) -> None:
         """Embed the new clips. What is done is written now and then, and at the end."""
-        digests, lengths = list(self.new), [recording.n_samples for recording in recordings]
+        args, digests, clips = self.args, list(self.new), list(self.new.values())
+        lengths = [recordings[digest].n_samples for digest in digests]
         counts = [len(window_starts(n_samples)) for n_samples in lengths]
-        clips, args = list(self.new.values()), self.args
         begun = written = time.monotonic()
         unwritten, rows = 0, []
         with tqdm(total=sum(counts), desc=self.name, unit=" windows", disable=None) as bar:
@@ -245,7 +242,7 @@ class Machine:
                 for i, row in zip(index.tolist(), found):
                     rows.append(row)
                     if len(rows) == counts[i]:  # the windows of a clip follow each other
-                        self.kept[digests[i]] = Kept(recordings[i], np.stack(rows))
+                        self.kept[digests[i]] = Kept(recordings[digests[i]], np.stack(rows))
                         rows = []
                 bar.update(len(found))
                 unwritten += len(found)
@@ -258,23 +255,6 @@ class Machine:
         current = [*self.train, *self.test_digests]
         self.kept = {digest: self.kept[digest] for digest in dict.fromkeys(current)}
         write_kept(self.file, self.model_id, self.kept)
-
-
-def embed_machines(machines: list[Machine], model: Embedder):
-    """Yields each machine when all of its clips are embedded.
-
-    All clips of all machines are checked before the first is embedded.
-    ValueError: clips that cannot be used.
-    """
-    unchecked = []
-    for machine in machines:
-        unchecked += machine.new.values()
-    recordings = data.check_clips(unchecked)
-    for machine in machines:
-        mine, recordings = recordings[: len(machine.new)], recordings[len(machine.new) :]
-        if machine.new:
-            machine.embed(model, mine)
-        yield machine
 
 
 # What is said before scoring
@@ -295,57 +275,49 @@ def say(machine: Machine) -> None:
     copies = [clip.path.name for clip, digest in same if digest in machine.train]
     note("test clips are copies of training clips, so their score is 0", copies)
 
-    train = [machine.kept[digest].recording for digest in machine.train]
-    tests = [machine.kept[digest].recording for digest in machine.test_digests]
-    for what, measure, slack, unequal in MEASURES:
-        values = np.array([measure(recording) for recording in train])
-        low, high = np.percentile(values, [5, 95])
-        outside = []
-        for clip, recording in zip(machine.tests, tests):
-            value = measure(recording)
-            less = value < low - slack and "%" not in what  # less clipping or silence is no reason
-            if less or value > high + slack:
-                outside.append(f"{clip.path.name} ({value:.3g})")
-        range_ = f"{low:.3g} to {high:.3g}"
-        note(f"test clips are unlike the training clips in {what} ({range_})", outside)
-        if values.max() - values.min() > unequal:
-            extremes = []
-            for at in (values.argmin(), values.argmax()):
-                clip = list(machine.train.values())[at]
-                extremes.append(f"{clip.path.name} ({values[at]:.3g})")
+    train = np.array([measures(machine.kept[digest].recording) for digest in machine.train])
+    tests = np.array([measures(machine.kept[digest].recording) for digest in machine.test_digests])
+    train_clips = list(machine.train.values())
+    for (what, slack, unequal), of_train, of_tests in zip(MEASURES, train.T, tests.T):
+        low, high = np.percentile(of_train, [5, 95])
+        unlike = of_tests > high + slack
+        if "%" not in what:  # less clipping or silence is no reason
+            unlike |= of_tests < low - slack
+        named = label(machine.tests, of_tests, np.flatnonzero(unlike))
+        note(f"test clips are unlike the training clips in {what} ({low:.3g} to {high:.3g})", named)
+        if np.ptp(of_train) > unequal:
+            extremes = label(train_clips, of_train, [of_train.argmin(), of_train.argmax()])
             print(f"note: {machine.name}: training clips differ in {what}: {', '.join(extremes)}")
 
 
-# What is measured, how, how far beyond the training clips a test clip may lie, and how far these
-# may differ. A clip is padded to a window of 10.255 s; beyond that its length matters no more.
+def label(clips: list[Clip], values: np.ndarray, chosen) -> list[str]:
+    return [f"{clips[i].path.name} ({values[i]:.3g})" for i in chosen]
+
+
+# What is measured, how far beyond the training clips a test clip may lie, and how far these may
+# differ.
 MEASURES = [
-    (
-        "length up to a window's, in s",
-        lambda r: min(r.n_samples, data.WINDOW) / SAMPLE_RATE,
-        0.1,
-        0.1,
-    ),
-    ("level in dB", lambda r: r.level, 3.0, 20.0),
-    ("% of clipped samples", lambda r: 100 * r.clipped, 0.1, 1.0),
-    ("% of silence", lambda r: 100 * r.silent, 5.0, 50.0),
+    ("length up to a window's, in s", 0.1, 0.1),
+    ("level in dB", 3.0, 20.0),
+    ("% of clipped samples", 0.1, 1.0),
+    ("% of silence", 5.0, 50.0),
 ]
+
+
+def measures(recording: Recording) -> list[float]:
+    """In the order of MEASURES. A clip is padded to a window; beyond that no length matters."""
+    seconds = min(recording.n_samples, data.WINDOW) / SAMPLE_RATE
+    return [seconds, recording.level, 100 * recording.clipped, 100 * recording.silent]
 
 
 # Scores and files
 
 
-class Rows(NamedTuple):
+def stack(kept: list[Kept]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """All windows of some clips: embeddings (m, D), clip index (m,), first sample (m,)."""
-
-    embeddings: np.ndarray
-    clip: np.ndarray
-    start: np.ndarray
-
-
-def stack(kept: list[Kept]) -> Rows:
-    clip = np.repeat(np.arange(len(kept)), [len(one.rows) for one in kept])
+    owner = np.repeat(np.arange(len(kept)), [len(one.rows) for one in kept])
     starts = [window_starts(one.recording.n_samples) for one in kept]
-    return Rows(np.concatenate([one.rows for one in kept]), clip, np.concatenate(starts))
+    return np.concatenate([one.rows for one in kept]), owner, np.concatenate(starts)
 
 
 class Verdict(NamedTuple):
@@ -363,29 +335,23 @@ class Verdict(NamedTuple):
 def judge(machine: Machine) -> tuple[list[Verdict], np.ndarray, float]:
     """-> (a verdict for each test clip, the training clips' own scores, the threshold)."""
     args, bank = machine.args, list(machine.train.values())
-    train = stack([machine.kept[digest] for digest in machine.train])
-    test = stack([machine.kept[digest] for digest in machine.test_digests])
-    domain = np.array([bank[i].domain for i in train.clip], object)
+    train, owner, train_start = stack([machine.kept[digest] for digest in machine.train])
+    test, test_owner, test_start = stack([machine.kept[digest] for digest in machine.test_digests])
+    domain = np.array([bank[i].domain for i in owner], object)
     try:
-        of_test, of_train = anomaly_scores(
-            train.embeddings, test.embeddings, train.clip, domain, args.k, args.normalize
-        )
+        of_test, of_train = anomaly_scores(train, test, owner, domain, args.k, args.normalize)
     except ValueError as error:
         raise ValueError(f"{machine.name}: {error}") from error
-    at = most_anomalous(of_test, test.clip)
-    train_scores = of_train[most_anomalous(of_train, train.clip)]
+    at = most_anomalous(of_test, test_owner)
+    train_scores = of_train[most_anomalous(of_train, owner)]
     decisions, threshold = decide(of_test[at], train_scores, args.percentile)
 
-    d = distances(test.embeddings[at], train.embeddings)  # (clips, n)
-    near = d.argmin(axis=1)
+    d = distances(test[at], train)  # (clips, n)
     verdicts = []
-    for i, clip in enumerate(machine.tests):
-        there = near[i]
-        found = (of_test[at[i]].item(), bool(decisions[i]), test.start[at[i]].item())
-        nearest_clip = bank[train.clip[there]]
-        verdicts.append(
-            Verdict(clip, *found, nearest_clip, train.start[there].item(), d[i, there].item())
-        )
+    for i, (clip, window, near) in enumerate(zip(machine.tests, at, d.argmin(axis=1))):
+        found = (of_test[window].item(), bool(decisions[i]), test_start[window].item())
+        nearest_clip = (bank[owner[near]], train_start[near].item(), d[i, near].item())
+        verdicts.append(Verdict(clip, *found, *nearest_clip))
     return verdicts, train_scores, threshold
 
 
@@ -411,10 +377,9 @@ def score_machine(machine: Machine) -> None:
     highest = sorted(verdicts, key=lambda v: -v.score)
     table = [REPORT]
     for v in highest:
-        near, at_seconds = v.nearest.path.name, round(v.start / SAMPLE_RATE, 2)
-        table.append(
-            (v.clip.path.name, v.score, threshold, int(v.alarm), near, v.distance, at_seconds)
-        )
+        row = [v.clip.path.name, v.score, threshold, int(v.alarm)]
+        row += [v.nearest.path.name, v.distance, round(v.start / SAMPLE_RATE, 2)]
+        table.append(row)
     data.write_csv(run / f"report_{name}.csv", table)
     how = {"model": machine.model_id.split()[0], "normalize": args.normalize, "k": args.k}
     how |= {"percentile": args.percentile, "data": str(args.data)}
@@ -443,61 +408,51 @@ def spectrum(clip: Clip, start: int) -> np.ndarray:
     return 10 / np.log(10) * log_mel(wave[None])[0].numpy()
 
 
-def drawn(verdicts: list[Verdict], labels: list[bool | None]) -> dict[str, Verdict]:
+def drawn(ranked: list[Verdict], labels: list[bool | None]) -> dict[str, int]:
     """What is drawn, by its heading: the three highest, the worst miss, the worst false alarm."""
-    order = sorted(range(len(verdicts)), key=lambda i: -verdicts[i].score)
-    found = {f"no. {place}": i for place, i in enumerate(order[:3], 1)}
-    misses = [i for i in order if labels[i] is True and not verdicts[i].alarm]
-    false_alarms = [i for i in order if labels[i] is False and verdicts[i].alarm]
-    for heading, candidates in (
-        ("worst miss", misses[-1:]),
-        ("worst false alarm", false_alarms[:1]),
-    ):
-        for i in candidates:
-            if i not in found.values():
-                found[heading] = i
-    return {heading: verdicts[i] for heading, i in found.items()}
+    places = range(len(ranked))
+    misses = [i for i in places if labels[i] is True and not ranked[i].alarm]
+    false_alarms = [i for i in places if labels[i] is False and ranked[i].alarm]
+    found = {f"no. {number}": i for number, i in enumerate(places[::-1][:3], 1)}
+    if misses and misses[0] not in found.values():
+        found["worst miss"] = misses[0]
+    if false_alarms and false_alarms[-1] not in found.values():
+        found["worst false alarm"] = false_alarms[-1]
+    return found
 
 
-def plot(
-    path: Path, machine: Machine, verdicts, train_scores: np.ndarray, threshold: float
-) -> None:
+def plot(path: Path, machine: Machine, verdicts: list[Verdict], train_scores, threshold) -> None:
     """All scores; of some clips the spectrum, that of the nearest training clip, the difference."""
     from matplotlib.figure import Figure  # optional: see requirements.txt
 
-    def readable(clip: Clip) -> str:
-        return os.fsencode(clip.path.name).decode("utf-8", "replace")
-
-    names = [v.clip.path.name for v in verdicts]
+    ranked = sorted(verdicts, key=lambda v: v.score)
+    scores = np.array([v.score for v in ranked])
+    names = [v.clip.path.name for v in ranked]
     labels, _ = data.labels_of(machine.name, names, Path(machine.args.data))
-    rows = drawn(verdicts, labels)
+    rows = drawn(ranked, labels)
     figure = Figure(figsize=(14, 3.4 + 2.4 * len(rows)), layout="constrained")
     grid = figure.add_gridspec(1 + len(rows), 3, height_ratios=[1.3] + [1] * len(rows))
     top = figure.add_subplot(grid[0, :])
 
     # Training clips in grey, spread over the width; test clips in order, coloured by label.
-    order = sorted(range(len(verdicts)), key=lambda i: verdicts[i].score)
-    spread = np.linspace(0, max(1, len(order) - 1), len(train_scores))
+    spread = np.linspace(0, max(1, len(ranked) - 1), len(train_scores))
     label = f"training clips, each without itself ({len(train_scores)})"
     top.plot(spread, np.sort(train_scores), ".", color="gray", markersize=4, label=label)
     kinds = {None: ("test clips", "tab:blue"), False: ("labelled normal", "tab:green"),
              True: ("labelled anomaly", "tab:orange")}  # fmt: skip
     for kind, (what, colour) in kinds.items():
-        ranks = [rank for rank, i in enumerate(order) if labels[i] is kind]
-        if ranks:
-            values = [verdicts[order[rank]].score for rank in ranks]
-            label = f"{what} ({len(ranks)})"
-            top.plot(ranks, values, "o", markersize=4, color=colour, label=label)
-    above = sum(v.alarm for v in verdicts)
+        places = [i for i, label in enumerate(labels) if label is kind]
+        if places:
+            label = f"{what} ({len(places)})"
+            top.plot(places, scores[places], "o", markersize=4, color=colour, label=label)
+    above = sum(v.alarm for v in ranked)
     label = f"threshold {threshold:.3g}: {above} clips lie above"
     top.axhline(threshold, color="black", linestyle="--", label=label)
-    for heading, v in rows.items():
-        xy = (order.index(verdicts.index(v)), v.score)
-        top.annotate(heading, xy, (0, 6), textcoords="offset points", fontsize=8, ha="center")
-    title = (
-        f"{machine.name}: {len(verdicts)} test clips by anomaly score; those named are drawn below"
-    )
-    top.set_title(title, parse_math=False)
+    for heading, i in rows.items():
+        beside = {"textcoords": "offset points", "fontsize": 8, "ha": "center"}
+        top.annotate(heading, (i, scores[i]), (0, 6), **beside)
+    title = f"{machine.name}: {len(ranked)} test clips by anomaly score"
+    top.set_title(f"{title}; those named are drawn below", parse_math=False)
     top.set_ylabel("distance to normal")
     top.set_xlabel("test clips in order of score")
     top.legend(loc="upper left")
@@ -506,27 +461,23 @@ def plot(
     filters = mel_filters(torch.device("cpu"))
     bins = filters[hz * FFT // SAMPLE_RATE].argmax(dim=1).numpy()  # where each is heard most
     pairs = []
-    for v in rows.values():
+    for i in rows.values():
+        v = ranked[i]
         pairs.append((spectrum(v.clip, v.start), spectrum(v.nearest, v.nearest_start)))
-    every = np.concatenate([x for pair in pairs for x in pair])
-    loudness = {
-        "vmin": np.percentile(every, 2),
-        "vmax": np.percentile(every, 99.9),
-        "cmap": "magma",
-    }
+    low, high = np.percentile(np.concatenate([x for pair in pairs for x in pair]), [2, 99.9])
+    loudness = {"vmin": low, "vmax": high, "cmap": "magma"}
     louder = {"vmin": -20, "vmax": 20, "cmap": "RdBu_r"}
-    for row, ((heading, v), (x, near)) in enumerate(zip(rows.items(), pairs), 1):
+    meaning = "difference, over 0.5 s\nred: louder than that clip, blue: quieter"
+    for row, ((heading, i), (x, near)) in enumerate(zip(rows.items(), pairs), 1):
+        v = ranked[i]
         n = min(len(x), len(near))
         difference = uniform_filter1d(x[:n] - near[:n], 50, axis=0, mode="nearest")
-        at = v.start / SAMPLE_RATE
+        at, name = v.start / SAMPLE_RATE, data.readable(v.clip.path.name)
+        its_nearest = f"its nearest normal training clip\n{data.readable(v.nearest.path.name)}"
         panels = [
-            (x, loudness, f"{heading}, score {v.score:.3g}, from {at:.1f} s\n{readable(v.clip)}"),
-            (near, loudness, f"its nearest normal training clip\n{readable(v.nearest)}"),
-            (
-                difference,
-                louder,
-                "difference, over 0.5 s\nred: louder than that clip, blue: quieter",
-            ),
+            (x, loudness, f"{heading}, score {v.score:.3g}, from {at:.1f} s\n{name}"),
+            (near, loudness, its_nearest),
+            (difference, louder, meaning),
         ]
         for column, (values, scale, title) in enumerate(panels):
             axes = figure.add_subplot(grid[row, column])
@@ -609,7 +560,6 @@ def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder,
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
     prefix = ""
@@ -617,10 +567,8 @@ def main(argv: list[str] | None = None) -> None:
         prefix = "pretrained-mean-" if args.pooling == "mean" else "pretrained-"
     args.run = Path(args.run or data.default_run(args.machine, prefix))
     args.workers = train.workers_for(args)
-    again = (
-        f"python score.py {shlex.join(argv)} continues; what was embedded until a few minutes ago"
-    )
-    with data.one_line_errors(parser, f"{again} is kept"):
+    kept = "continues; what was embedded until a few minutes ago is kept"
+    with data.one_line_errors(parser, kept):
         if args.pooling and not args.pretrained:
             raise ValueError("--pooling goes with --pretrained; a trained run has its own")
         args.pooling = args.pooling or "cls"
@@ -631,7 +579,13 @@ def main(argv: list[str] | None = None) -> None:
         model, model_id = load_model(args, names)
         data.make_run_folder(args.run)
         machines = [Machine(name, model_id, args) for name in names]
-        for machine in embed_machines(machines, model):
+        new = {}  # all new clips of all machines are checked before the first is embedded
+        for machine in machines:
+            new |= machine.new
+        recordings = dict(zip(new, data.check_clips(list(new.values()))))
+        for machine in machines:
+            if machine.new:
+                machine.embed(model, recordings)
             score_machine(machine)
     if args.normalize == "test":
         print("note: --normalize test is transductive: each score depends on the whole test set")

@@ -215,13 +215,11 @@ import json
 import os
 import platform
 import re
-import shlex
 import subprocess
-import sys
 from collections import Counter
 from contextlib import contextmanager
 
-import numpy
+import numpy as np
 import sklearn
 import torchaudio
 
@@ -254,7 +252,7 @@ class Run:
         ValueError: one class only, or another run in the folder.
         """
         self.args, self.folder, self.n_clips = args, Path(args.run), len(clips)
-        self.loss_sum, self.hits, self.seen = 0.0, 0, 0  # of the epoch so far
+        self.sums = np.zeros(3)  # of the epoch so far: loss, hits, clips
         if len(classes) < 2:
             raise ValueError(ONE_CLASS.format(len(clips), "/".join(classes[0])))
         self.record = self.describe(clips, classes)
@@ -275,7 +273,7 @@ class Run:
         """What args.json holds: everything that the result depends on."""
         digest = data.file_digest(self.args.weights)
         public = digest == backbone.WEIGHTS_SHA256
-        modules = (torch, torchaudio, numpy, sklearn)
+        modules = (torch, torchaudio, np, sklearn)
         on_gpu = self.args.device != "cpu"
         args = {name: value for name, value in vars(self.args).items() if name != "overwrite"}
         return {
@@ -353,13 +351,9 @@ class Run:
         """Count an optimizer step on n clips, before the learning rate changes."""
         self.step += 1
         self.lr = self.optimizer.param_groups[0]["lr"]
-        self.loss_sum, self.hits, self.seen = (
-            self.loss_sum + n * loss,
-            self.hits + hits,
-            self.seen + n,
-        )
-        values = {"loss": self.loss_sum / self.seen, "accuracy": self.hits / self.seen}
-        self.bar.set_postfix(values, refresh=False)
+        self.sums += (n * loss, hits, n)
+        self.loss, self.accuracy = (self.sums[:2] / self.sums[2]).tolist()
+        self.bar.set_postfix(loss=self.loss, accuracy=self.accuracy, refresh=False)
         self.bar.update(n)
 
     def save_epoch(self, epoch: int) -> None:
@@ -367,15 +361,15 @@ class Run:
         for group in self.optimizer.param_groups:
             if not all(p.isfinite().all() for p in group["params"]):
                 raise ValueError(DIVERGED.format("a weight"))
-        loss, accuracy = self.loss_sum / self.seen, self.hits / self.seen
-        self.loss_sum, self.hits, self.seen = 0.0, 0, 0
-        row = {"epoch": epoch, "step": self.step, "lr": self.lr, "loss": loss}
-        self.log.append(row | {"accuracy": accuracy})
+        self.sums[:] = 0
+        row = {"epoch": epoch, "step": self.step, "lr": self.lr}
+        self.log.append(row | {"loss": self.loss, "accuracy": self.accuracy})
         state = {"epoch": epoch, "step": self.step, "log": self.log}
         state |= {"model": trained_state(self.model), "arcface": self.arcface.state_dict()}
         save(self.folder / "last.pt", state | {"optimizer": self.optimizer.state_dict()})
         self.write_log()
-        tqdm.write(f"epoch {epoch}: step {self.step:,}, loss {loss:.4f}, accuracy {accuracy:.3f}")
+        means = f"loss {self.loss:.4f}, accuracy {self.accuracy:.3f}"
+        tqdm.write(f"epoch {epoch}: step {self.step:,}, {means}")
 
     def write_log(self) -> None:
         rows = [list(self.log[0]), *(row.values() for row in self.log)]
@@ -401,14 +395,11 @@ def locked(path: Path):
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            at_work = f"another train.py is at work in {path.parent}"
-            raise ValueError(
-                f"{at_work}; wait for it, or name another folder with --run"
-            ) from error
+            wait = f"another train.py is at work in {path.parent}; wait for it"
+            raise ValueError(f"{wait}, or name another folder with --run") from error
         except OSError as error:
-            print(
-                f"note: {path.parent} cannot be locked ({error.strerror}); let no other run use it"
-            )
+            why = f"cannot be locked ({error.strerror})"
+            print(f"note: {path.parent} {why}; let no other run use it")
         yield
 
 
@@ -430,9 +421,7 @@ def save(path: Path, state: dict) -> None:
             raise OSError(errno.ENOSPC, "is the disk full?") from error
 
 
-def load_run(
-    run: str | Path, weights: str | Path | None = None
-) -> tuple[Embedder, argparse.Namespace]:
+def load_run(run: str | Path, weights: str | None = None) -> tuple[Embedder, argparse.Namespace]:
     """-> (the trained model on the CPU, the arguments it was trained with).
 
     weights  where the AST's weights are now, if not where they were in training
@@ -580,15 +569,13 @@ The same command again continues. In brackets: who chose the default, see README
 
 
 def main(argv: list[str] | None = None) -> None:
-    argv = sys.argv[1:] if argv is None else argv
     parser = make_parser()
     args = parser.parse_args(argv)
     args.alpha = float(args.rank) if args.alpha is None else args.alpha
     args.run = str(args.run or data.default_run(args.machine))
     args.workers = workers_for(args)
     args.micro_batch = args.micro_batch or args.batch_size
-    again = shlex.join([flag for flag in argv if flag != "--overwrite"])
-    with data.one_line_errors(parser, f"python train.py {again} continues after the last epoch"):
+    with data.one_line_errors(parser, "continues after the last epoch"):
         if args.margin >= math.pi / 2:
             raise ValueError(f"--margin {args.margin}: radians, below π/2 = 1.57")
         check_device(args.device)

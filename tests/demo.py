@@ -23,7 +23,6 @@ The protocol, written before the first comparison was run:
    each row's mean ± standard deviation; LoRA minus each other row ± standard error over machines.
 """
 
-import argparse
 import contextlib
 import csv
 import importlib.util
@@ -342,16 +341,14 @@ def print_table(lines: list[tuple[str, list[str]]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = data.Parser("tests/demo.py", __doc__)
     add = parser.add_argument
     add("--machine", nargs="+", metavar="NAME", help="the made-up machine's name (fan)")
     add("--all", action="store_true", help=f"{', '.join(MACHINES)}; seeds 0, 1, 2; four rows")
     add("--choose", action="store_true", help=f"{', '.join(CHOOSING)}; three rates; three rows")
     args = parser.parse_args(argv)
     start = time.perf_counter()
-    with data.one_line_errors(parser, "all that is finished is kept"):
+    with data.one_line_errors(parser, "continues; all that is finished is kept"):
         if args.all:
             compare()
         elif args.choose:
