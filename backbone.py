@@ -163,7 +163,7 @@ class Embedder(nn.Module):
 
     pooling    "cls" (mean of the class tokens), "mean" (mean of the patch tokens), or "asp"
                (attentive statistics of the patch tokens)
-    embedding  dimensions of the result; None leaves the linear layer out: the untouched AST
+    embedding  dimensions of the result; None: no linear layer (for the untouched AST)
     ValueError: another pooling.
     """
 

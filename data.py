@@ -92,9 +92,9 @@ def count_frames(n_samples: int | Tensor) -> int | Tensor:
 
 def window_starts(n_samples: int) -> list[int]:
     """Where a clip's windows begin, in samples: as few as cover it, evenly spaced."""
-    n_frames = count_frames(n_samples)
+    n_frames = max(count_frames(n_samples), N_FRAMES)  # a shorter clip is padded
     count = math.ceil(n_frames / N_FRAMES)
-    last = n_frames - N_FRAMES  # first frame of the last of several; one alone begins at 0
+    last = n_frames - N_FRAMES  # first frame of the last window
     return [round(frame) * HOP for frame in np.linspace(0, last, count)]
 
 
@@ -102,8 +102,8 @@ class RandomWindows:
     """Sampler of an epoch: every clip once, in random order, at a random window.
 
     It yields (index of the clip, first sample). All its random numbers are drawn before the first
-    pair: the loader reads ahead by more or less, while SpecAug draws from the same generator, and
-    that must not change a run.
+    pair. On a CPU SpecAug draws from the same generator while the loader reads ahead; how far ahead
+    depends on the number of its processes, which must not change a run.
     """
 
     def __init__(self, clip_lengths: list[int]):
@@ -126,10 +126,11 @@ class RandomWindows:
 def mel_filters(device: torch.device) -> Tensor:
     """M (257 FFT bins, 128 triangles), as Kaldi makes them from 20 Hz to 8 kHz.
 
-    Of 130 points, evenly spaced on the mel scale, 1127 ln(1 + Hz/700), triangle m rises from point
-    m to m + 1 and falls to m + 2.
+    They stand on 130 points, evenly spaced on the mel scale, 1127 ln(1 + Hz/700): triangle m rises
+    from point m to point m + 1 and falls to point m + 2.
     """
-    # The last three are fbank's defaults: no vocal tract length normalisation (a factor of 1.0).
+    # 0 stands for half of the sample rate. The last three are the defaults of Kaldi's fbank: vocal
+    # tract length normalisation is off.
     filters, _ = get_mel_banks(N_MELS, FFT, SAMPLE_RATE, 20, 0, 100, -500, 1.0)  # (128, 256)
     return pad(filters, (0, 1)).T.to(device)  # the bin of 8 kHz itself has weight 0
 
@@ -151,9 +152,9 @@ def log_mel(waves: Tensor) -> Tensor:
 
 
 def filter_bank(frames: Tensor) -> Tensor:
-    """The equation of X above: frames (B, T, 400) -> (B, T, 128)."""
+    """From frames (B, T, 400) to X, the equation at the top of this file: (B, T, 128)."""
     frames = frames - frames.mean(dim=2, keepdim=True)
-    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # of the first sample, itself
+    before = torch.cat([frames[..., :1], frames[..., :-1]], dim=2)  # the first is its own
     frames -= 0.97 * before  # pre-emphasis
     frames *= torch.hann_window(FRAME, periodic=False, device=frames.device)
     power = torch.fft.rfft(frames, n=FFT).abs().square_()  # (B, T, 257)
@@ -177,8 +178,8 @@ def normalise(x: Tensor) -> Tensor:
 def spectrogram(waves: Tensor, lengths: Tensor) -> Tensor:
     """What the AST takes: waves (B, n_samples) and their lengths (B,) -> (B, 1024, 128)."""
     x = fit_frames(log_mel(waves))
-    # The loader has filled shorter waves up with samples of 0, which log_mel turns into -15.9.
-    # The AST was trained with log-mel values of 0 after the end of a clip.
+    # The loader has filled the shorter waves of a batch up with samples of 0, which log_mel turns
+    # into -15.9. The AST was trained with log-mel values of 0 after the end of a clip.
     padding = torch.arange(N_FRAMES, device=x.device) >= count_frames(lengths)[:, None]  # (B, T)
     return normalise(x.masked_fill(padding[:, :, None], 0))
 

@@ -73,7 +73,7 @@ def official_score(machines: list[dict[str, float]]) -> float:
     """Harmonic mean of the three over all machines; undefined ones are left out."""
     values = []
     for metrics in machines:
-        values += [metrics[row] for row in FIGURES if not math.isnan(metrics[row])]
+        values += [metrics[name] for name in FIGURES if not math.isnan(metrics[name])]
     return float(hmean(np.maximum(values, EPS))) if values else math.nan
 
 

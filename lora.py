@@ -23,8 +23,7 @@ class LoRALinear(nn.Module):
     """The equation above around one `nn.Linear`, which is frozen and kept as `base`.
 
     rank     r >= 1; the update has rank · (in + out) weights instead of in · out
-    alpha    scales the update by alpha/rank, so that another rank with the same alpha needs no
-             other learning rate, or hardly
+    alpha    scales the update by alpha/rank
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
     forward: x (..., in) -> (..., out). ValueError: one of them is out of range.
@@ -77,8 +76,8 @@ def add_lora(
     targets  names of the layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   indices into model.blocks, None for all
 
-    ValueError: a layer that does not exist, a target that names no linear layer, or one that is
-    wrapped already. The model is then unchanged.
+    ValueError: no layer or one that does not exist, no target or one that names no linear layer,
+    or that is wrapped already; the model is then unchanged. Or what LoRALinear refuses.
     """
     depth = len(model.blocks)
     layers = range(depth) if layers is None else sorted(set(layers))

@@ -3,23 +3,23 @@
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
     score(x) = mean of the k smallest d(x, y) over the bank y of training windows        (k = 1)
 
-A clip is cut into windows of 1024 frames, one for 10 s. Each is scored by itself, and the clip's
-score is that of its most anomalous window. A clip is called anomalous if its score is above the
-90th percentile of the training clips' own scores. For its own score a training clip meets the bank
-without its own windows.
+A clip is cut into windows of 1024 frames; one of 10 s is a single window. Each is scored by itself,
+and the clip's score is that of its most anomalous window. A clip is called anomalous if its score
+is above the 90th percentile of the training clips' own scores. For its own score a training clip
+meets the bank without its own windows.
 
 Distances differ between the many source and the few target clips. --normalize is to correct that:
 
     none      one bank of all training windows, no correction (the default)
     test      a bank for each domain, (score - μ) / σ for each, and the smallest of these. μ and σ
               are those of all test windows against that bank, so this is TRANSDUCTIVE: every score
-              and decision depends on the whole test set (RMIS, released by the paper's lab)
+              and decision depends on the whole test set (from RMIS, released by the lab of
+              arXiv 2409.07016)
     train     the same with μ and σ of the bank's own scores (ours: it needs no test clips)
     density   one bank, d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest
               neighbours from other clips (Wilkinghoff et al. 2025, arXiv 2509.10951)
 
-ρ, μ and σ are computed once. They stay when a training clip is scored, though its windows leave the
-bank for that.
+When a training clip is scored, its windows leave the bank, but ρ, μ and σ are not computed anew.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -61,7 +61,7 @@ def embed(
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
     d = x @ -y.T
-    d += 1  # in place: d may be too large for a second copy
+    d += 1  # in place: d may fill the memory
     np.maximum(d, 0, out=d)  # rounding may go below 0
     return d
 
@@ -76,7 +76,7 @@ def nearest(d: np.ndarray, k: int = 1) -> np.ndarray:
         raise ValueError(
             f"{k} neighbours need {k} windows of other training clips, not {available}"
         )
-    # Row by row: again no second copy.
+    # Row by row, as np.partition copies what it sorts.
     return np.array([np.partition(row, k - 1)[:k].mean() for row in d])
 
 
@@ -134,7 +134,7 @@ def most_anomalous(scores: np.ndarray, owner: np.ndarray) -> np.ndarray:
 def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
     """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' own scores.
 
-    Both are scores of clips, of each that of its most anomalous window.
+    Both arguments have one score a clip: that of its most anomalous window.
 
     For a trained model the threshold is low: training has drawn those clips together, and usually
     more than 10 % of the normal clips that the model has not heard lie above it.

@@ -34,9 +34,9 @@ from data import RandomWindows, SpecAug, spectrogram
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 # Flag, default, meaning, and who chose the default. The paper is Zheng et al., arXiv 2409.07016:
-# [abstract] its abstract says so; [reported] others say so of it; [same lab] its first author's
-# DCASE2025 report; [ASDKit] an independent recipe, TakuyaFujimura/dcase-asd-toolkit; [AST's own] as
-# its authors trained it. See README.md.
+# [abstract] its abstract says so; [reported] others report it of the paper; [same lab] the
+# DCASE2025 report of its first author; [ASDKit] an independent recipe,
+# TakuyaFujimura/dcase-asd-toolkit; [AST's own] as its authors trained it. See README.md.
 HYPERPARAMETERS = {
     "LoRA": [
         ("--tuning", "lora", "adapters (lora), all of the AST (full), or none (frozen) [abstract]"),
@@ -135,7 +135,7 @@ def train_step(
     clips whose nearest centre was that of their own class.
     ValueError: the loss is not finite; the weights are then as they were.
     """
-    mean_loss, hits = 0.0, 0  # tensors from the first part on; a GPU is not waited for
+    mean_loss, hits = 0.0, 0  # become tensors: only .item(), below, waits for a GPU
     for x_part, y_part in zip(x.split(micro_batch), y.split(micro_batch)):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             embedding = model(x_part)  # (b, embedding), float32 again
@@ -182,12 +182,12 @@ def train(args: argparse.Namespace) -> None:
     if args.compile:
         model.compile(dynamic=False)  # a graph for each size of (micro-)batch
 
-    # The learning rates: a linear warm-up, then constant. run.step steps are done; LambdaLR gets
-    # one less, as it takes a step itself when it is made.
+    # The learning rates: a linear warm-up, then constant.
     n_steps = args.epochs * math.ceil(len(clips) / args.batch_size)
     warmup = max(1, min(args.warmup, n_steps // 10))
     print(f"{n_steps:,} steps in {args.epochs} epochs, of which {warmup:,} warm up")
-    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup), run.step - 1)
+    last_step = run.step - 1  # counted from 0; -1 if there was none
+    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup), last_step)
 
     # The epochs. Each has its own seed, so a run that was interrupted draws the same random numbers
     # as one that was not.
