@@ -2,7 +2,7 @@
 torchaudio's fbank.
 
     pip install transformers peft          # optional: rows that need them are left out
-    python tests/bench.py                  # 5 minutes on two CPU cores; not yet run on a GPU
+    python tests/bench.py                  # 8 minutes on two CPU cores; not yet run on a GPU
     python tests/bench.py --quick          # LoRA step, log-mel and start-up only
 
 Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the
