@@ -628,11 +628,11 @@ class Parser(argparse.ArgumentParser):
 
 # What PyTorch says, and what a user can do about it.
 REMEDIES = [
-    (r"out of memory",
+    (r"^(CUDA|HIP).* out of memory",
      "the GPU's memory is too small; halve train.py's --micro-batch or score.py's --batch-size"),
     (r"No working C\+\+ compiler|Failed to find C compiler",
      "--compile needs a C++ compiler; install one (apt install g++), or leave --compile out"),
-    (r"DataLoader worker .* (killed|exited)",
+    (r"^DataLoader worker .* (killed|exited)",
      "a process that reads WAV files was killed, mostly for want of shared memory; give the "
      "container more (docker run --shm-size=1g), or read without such processes: --workers 0"),
 ]  # fmt: skip

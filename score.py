@@ -283,14 +283,14 @@ def say(machine: Machine) -> None:
         unlike = of_tests > high + slack
         if "%" not in what:  # less clipping or silence is no reason
             unlike |= of_tests < low - slack
-        named = label(machine.tests, of_tests, np.flatnonzero(unlike))
+        named = with_values(machine.tests, of_tests, np.flatnonzero(unlike))
         note(f"test clips are unlike the training clips in {what} ({low:.3g} to {high:.3g})", named)
         if np.ptp(of_train) > unequal:
-            extremes = label(train_clips, of_train, [of_train.argmin(), of_train.argmax()])
+            extremes = with_values(train_clips, of_train, [of_train.argmin(), of_train.argmax()])
             print(f"note: {machine.name}: training clips differ in {what}: {', '.join(extremes)}")
 
 
-def label(clips: list[Clip], values: np.ndarray, chosen) -> list[str]:
+def with_values(clips: list[Clip], values: np.ndarray, chosen) -> list[str]:
     return [f"{clips[i].path.name} ({values[i]:.3g})" for i in chosen]
 
 
@@ -441,7 +441,7 @@ def plot(path: Path, machine: Machine, verdicts: list[Verdict], train_scores, th
     kinds = {None: ("test clips", "tab:blue"), False: ("labelled normal", "tab:green"),
              True: ("labelled anomaly", "tab:orange")}  # fmt: skip
     for kind, (what, colour) in kinds.items():
-        places = [i for i, label in enumerate(labels) if label is kind]
+        places = [i for i, given in enumerate(labels) if given is kind]
         if places:
             label = f"{what} ({len(places)})"
             top.plot(places, scores[places], "o", markersize=4, color=colour, label=label)

@@ -56,9 +56,9 @@ def sync() -> None:
 def seconds(*functions, rounds: int, warmup: int = 1) -> list[float]:
     """Median time of each function, called in turn: a b b a a b ..."""
     times = [[] for _ in functions]
+    pairs = list(zip(functions, times, strict=True))
     for i in range(warmup + rounds):
-        pairs = list(zip(functions, times, strict=True))
-        for function, list_ in pairs if i % 2 else reversed(pairs):
+        for function, list_ in reversed(pairs) if i % 2 else pairs:
             sync()
             start = time.perf_counter()
             function()

@@ -146,7 +146,9 @@ def test_pooling_tokens_that_are_all_alike_has_a_finite_gradient():
     assert tokens.grad.isfinite().all()
 
 
-@pytest.mark.parametrize(("pooling", "size"), [("cls", 16), ("asp", 16), ("mean", None)])
+@pytest.mark.parametrize(
+    ("pooling", "size"), [("cls", 16), ("asp", 16), ("cls", None), ("mean", None)]
+)
 def test_embeddings_have_unit_length(pooling, size):
     model = Embedder(AST(dim=64, depth=1, heads=1), pooling, size)
     embedding = model(torch.randn(2, 1024, 128))
