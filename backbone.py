@@ -111,18 +111,14 @@ class AST(nn.Module):
         return self.norm(z)
 
 
-class ClassTokenPooling(nn.Module):
-    """Mean of the two class tokens, as AST was trained: (B, N, D) -> (B, D)."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, :2].mean(dim=1)
+def mean_of_class_tokens(tokens: Tensor) -> Tensor:
+    """(B, N, D) -> (B, D), as AST was trained."""
+    return tokens[:, :2].mean(dim=1)
 
 
-class PatchMeanPooling(nn.Module):
-    """Mean of the patch tokens, as in published comparisons of untouched models."""
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 2:].mean(dim=1)
+def mean_of_patches(tokens: Tensor) -> Tensor:
+    """(B, N, D) -> (B, D), as published comparisons of untouched models have it."""
+    return tokens[:, 2:].mean(dim=1)
 
 
 class AttentiveStatisticsPooling(nn.Module):
@@ -131,54 +127,49 @@ class AttentiveStatisticsPooling(nn.Module):
         a = softmax over the tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])
         out = [Σ a h,  √Σ a (h - Σ a h)²]
 
-    The weights a differ from token to token and from dimension to dimension. W₁ has a bias; to W₂
-    it would add nothing, as the softmax runs over the tokens.
+    The weights a differ from token to token and from dimension to dimension. W₁ has a bias. W₂ has
+    none: it would be the same for all tokens, so the softmax would cancel it.
     Source: ECAPA-TDNN (Desplanques et al. 2020, arXiv 2005.07143), equations 1 to 4 with the global
     context of their section 3.1, without its batch normalisation.
     """
 
     def __init__(self, dim: int, hidden: int = 128):
         super().__init__()
-        # W₁ [h, mean, std] = W_h h + W_c [mean, std]: the second part is the same for every token,
-        # so it is computed once and not 1212 times.
-        self.hidden_of_token = nn.Linear(dim, hidden)
-        self.hidden_of_context = nn.Linear(2 * dim, hidden, bias=False)
-        self.weights = nn.Linear(hidden, dim, bias=False)
+        # W₁ in two parts, as [mean(h), std(h)] is the same for all tokens: once is enough for it.
+        self.W1_token = nn.Linear(dim, hidden)
+        self.W1_context = nn.Linear(2 * dim, hidden, bias=False)
+        self.W2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = tokens[:, 2:]  # (B, 1212, D)
         std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D), unweighted
-        context = self.hidden_of_context(torch.cat([mean, std], dim=2))  # (B, 1, hidden)
-        hidden = torch.tanh(self.hidden_of_token(h) + context)  # (B, 1212, hidden)
-        a = self.weights(hidden).softmax(dim=1)  # (B, 1212, D)
+        context = self.W1_context(torch.cat([mean, std], dim=2))  # (B, 1, hidden)
+        a = self.W2(torch.tanh(self.W1_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
 
         mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
         variance = (a * (h - mean).square()).sum(dim=1)  # (B, D)
-        std = variance.clamp(min=1e-6).sqrt()  # √ is infinitely steep at 0
+        std = variance.clamp(min=1e-6).sqrt()  # √ is infinitely steep at 0, where training starts
         return torch.cat([mean.squeeze(1), std], dim=1)
 
 
 class Embedder(nn.Module):
-    """AST, pooling and linear layer: x (B, 1024, 128) -> (B, embedding), of unit length.
+    """AST and head, which is a pooling and a linear layer: x (B, 1024, 128) -> (B, embedding), of
+    unit length.
 
     pooling    "cls" (mean of the class tokens), "mean" (mean of the patch tokens), or "asp"
                (attentive statistics of the patch tokens)
     embedding  dimensions of the result; None: no linear layer (for the untouched AST)
-    ValueError: another pooling.
     """
 
     def __init__(self, ast: AST, pooling: str, embedding: int | None):
         super().__init__()
-        dim = ast.norm.weight.numel()
         self.ast = ast
+        dim = ast.norm.weight.numel()
         if pooling == "asp":
             self.pooling, pooled = AttentiveStatisticsPooling(dim), 2 * dim
-        elif pooling == "mean":
-            self.pooling, pooled = PatchMeanPooling(), dim
-        elif pooling == "cls":
-            self.pooling, pooled = ClassTokenPooling(), dim
         else:
-            raise ValueError(f"the poolings are asp, mean and cls, not {pooling!r}")
+            means = {"cls": mean_of_class_tokens, "mean": mean_of_patches}
+            self.pooling, pooled = means[pooling], dim
         self.linear = nn.Identity() if embedding is None else nn.Linear(pooled, embedding)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -188,12 +179,11 @@ class Embedder(nn.Module):
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-import io
+import argparse
 import json
-import pickle
-import re
-import struct
 from pathlib import Path
+
+import numpy as np
 
 import data
 
@@ -205,164 +195,87 @@ HUB = "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve"
 WEIGHTS_URL = f"{HUB}/f826b80d28226b62986cc218e5cec390b1096902/model.safetensors"
 WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
 
-# The same weights are published under other names: by the authors (.pth), on the Hugging Face hub
-# (.bin, .safetensors), and as transformers 5 holds them in memory. Left to right gives the names
-# above.
-RENAMES = [
-    (r"^module\.", ""),
-    (r"^(v|audio_spectrogram_transformer)\.", ""),
-    (r"^patch_embed\.proj\.", "patch_embed."),
-    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed."),
-    (r"^embeddings\.cls_token$", "cls_token"),
-    (r"^embeddings\.distillation_token$", "dist_token"),
-    (r"^embeddings\.position_embeddings$", "pos_embed"),
-    (r"^(encoder\.layer|layers)\.(\d+)\.", r"blocks.\2."),
-    (r"\.attention\.attention\.([qkv])(uery|ey|alue)\.", r".attn.\1."),
-    (r"\.attention\.([qkv])_proj\.", r".attn.\1."),
-    (r"\.attention\.(output\.dense|o_proj)\.", ".attn.proj."),
-    (r"\.intermediate\.dense\.", ".mlp.fc1."),
-    (r"(blocks\.\d+)\.output\.dense\.", r"\1.mlp.fc2."),
-    (r"\.layernorm_before\.", ".norm1."),
-    (r"\.layernorm_after\.", ".norm2."),
-    (r"^layernorm\.", "norm."),
-]
-CLASSIFIER = (
-    r"(module\.)?(v\.head|v\.head_dist|mlp_head\.[01]|classifier\.(layernorm|dense))\.(weight|bias)"
-)
-DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+# The names in the file, and ours. From top to bottom: some contain others.
+RENAMES = {
+    "audio_spectrogram_transformer.": "",
+    "embeddings.cls_token": "cls_token",
+    "embeddings.distillation_token": "dist_token",
+    "embeddings.position_embeddings": "pos_embed",
+    "embeddings.patch_embeddings.projection": "patch_embed",
+    "encoder.layer.": "blocks.",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "layernorm": "norm",
+    "attention.attention.query": "attn.q",
+    "attention.attention.key": "attn.k",
+    "attention.attention.value": "attn.v",
+    "attention.output.dense": "attn.proj",
+    "intermediate.dense": "mlp.fc1",
+    "output.dense": "mlp.fc2",
+}
 
 
 def load_ast(path: str | Path) -> AST:
-    """The AST in a weight file: .pth, .bin or .safetensors (told apart by content), any DeiT size.
+    """The AST in a safetensors file with the names of the Hugging Face hub, of any DeiT size.
 
-    float16, bfloat16 and float64 tensors are converted to float32. The AudioSet classifier is
-    dropped by name; everything else must match one to one, names and shapes. ValueError (naming
-    file and reason): not a weight file, truncated, not an AST. FileNotFoundError: no such file.
+    The AudioSet classifier is dropped; all other names and shapes must be those of an AST.
+    ValueError, naming the file: another file, a truncated one, another model.
     """
     try:
-        state = rename(read_tensors(path))
-        depth = len({match[1] for name in state if (match := re.match(r"blocks\.(\d+)\.", name))})
-        dim = state["norm.weight"].numel() if "norm.weight" in state else 0
-        if not dim or dim % HEAD_DIM or not depth:
-            why = f"no norm.weight of a multiple of {HEAD_DIM}, or no blocks"
-            raise ValueError(f"not an AST ({why})")
+        state = {}
+        for name, tensor in read_safetensors(path).items():
+            if not name.startswith("classifier."):
+                for theirs, ours in RENAMES.items():
+                    name = name.replace(theirs, ours)
+                state[name] = tensor
+        dim = state["norm.weight"].numel()
+        depth = sum(name.endswith("norm1.weight") for name in state)
         with torch.device("meta"):  # shapes without memory: every weight comes from the file
             ast = AST(dim, depth, dim // HEAD_DIM)
-        if names := [name for name, tensor in state.items() if not tensor.isfinite().all()]:
-            raise ValueError(f"{names[0]} has values that are not finite")
-        weights = {name: tensor.float().clone() for name, tensor in state.items()}
-        ast.load_state_dict(weights, assign=True)
-    except RuntimeError as error:  # PyTorch's list of what is missing, too much, of another shape
-        differs = " ".join(str(error).partition(":")[2].split())[:200]
-        what = f"{path}: not this AST (an ImageNet ViT? other strides?)"
-        raise ValueError(f"{what}: {differs}") from error
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
+        ast.load_state_dict(state, assign=True)
+    except (ValueError, KeyError, RuntimeError) as error:
+        what = f"{path} is not an AST in the hub's safetensors format (damaged?)"
+        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from error
     return ast
 
 
-def rename(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """To the names of `AST`, without the classifier, the fused qkv split.
-
-    ValueError: two tensors of one name.
-    """
-    state = {}
-    for name, tensor in tensors.items():
-        if re.fullmatch(CLASSIFIER, name):
-            continue
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        parts = {name: tensor}
-        if ".attn.qkv." in name and tensor.ndim and len(tensor) % 3 == 0:
-            parts = {name.replace("qkv", c): part for c, part in zip("qkv", tensor.chunk(3))}
-        if doubled := parts.keys() & state.keys():
-            raise ValueError(f"two tensors for {min(doubled)}")
-        state |= parts
-    return state
-
-
-def read_tensors(path: str | Path) -> dict[str, Tensor]:
-    """Name -> tensor, from a safetensors or a PyTorch file. ValueError: neither, or damaged."""
+def read_safetensors(path: str | Path) -> dict[str, Tensor]:
+    """8 bytes of header length, a JSON header (name: shape, data_offsets, ...), the numbers."""
     raw = Path(path).read_bytes()
-    tensors = (read_safetensors if raw[8:9] == b"{" else unpickle)(raw)
-    if not isinstance(tensors, dict):
-        raise ValueError("holds something else than tensors by name")
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not isinstance(name, str):
-            raise ValueError("holds something else than tensors by name")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} is {tensor.dtype}; weights are floating-point tensors")
+    start = 8 + int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8:start])
+    header.pop("__metadata__", None)
+    tensors = {}
+    for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            raise ValueError(f"{name} is {entry['dtype']}, not F32")
+        first, end = entry["data_offsets"]
+        numbers = np.frombuffer(raw, "<f4", (end - first) // 4, start + first)
+        tensors[name] = torch.from_numpy(numbers.copy()).reshape(entry["shape"])
     return tensors
 
 
-# What reading raises on files that are not what they should be.
-DAMAGE = (pickle.UnpicklingError, struct.error, RuntimeError, EOFError, LookupError, ValueError,
-          TypeError, AttributeError)  # fmt: skip
+def fetch_weights(path: str | Path) -> None:
+    """Download the public AudioSet weights to WEIGHTS, if missing, and verify their SHA-256.
 
-
-def load_file(path: str | Path) -> object:
-    """What `torch.save` wrote, on the CPU. ValueError, naming the file: it is something else."""
-    try:
-        return unpickle(Path(path).read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{path}: {error}") from error
-
-
-def unpickle(raw: bytes) -> object:
-    """Tensors and plain containers only: nothing in the file is executed."""
-    try:
-        return torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
-    except DAMAGE as error:
-        what = "truncated, damaged, or not a file of tensors"
-        if raw.lstrip()[:1] == b"<":
-            what = "a web page"
-        raise ValueError(f"cannot be loaded: {what}; name another, or fetch it again") from error
-
-
-def read_safetensors(raw: bytes) -> dict[str, Tensor]:
-    """8 bytes of header length, a JSON header (dtype, shape, data_offsets by name), the bytes."""
-    try:
-        start = 8 + int.from_bytes(raw[:8], "little")
-        header = json.loads(raw[8:start])
-        header.pop("__metadata__", None)
-        spans = sorted(entry["data_offsets"] for entry in header.values())
-        if [0, *(end for _, end in spans)] != [*(begin for begin, _ in spans), len(raw) - start]:
-            raise ValueError("its tensors do not fill it")
-        body, tensors = memoryview(raw)[start:], {}
-        for name, entry in header.items():
-            content = bytearray(body[slice(*entry["data_offsets"])])
-            tensor = torch.frombuffer(content, dtype=DTYPES[entry["dtype"]])
-            tensors[name] = tensor.reshape(entry["shape"])
-        return tensors
-    except DAMAGE as error:
-        what = f"a truncated or invalid safetensors file ({error})"
-        raise ValueError(f"{what}; delete it and fetch it again") from error
-
-
-def fetch_weights(path: str | Path = WEIGHTS) -> None:
-    """Download the public AudioSet weights unless they are there, and verify their SHA-256.
-
-    FileNotFoundError: `path` is another place, where nothing is fetched to, and empty.
+    Another path is one's own file: FileNotFoundError where there is none.
     """
     if Path(path) == Path(WEIGHTS):
         data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
     elif not Path(path).exists():
-        fetch = f"`python backbone.py` fetches the public weights to {WEIGHTS}"
-        raise FileNotFoundError(f"{path} is missing; {fetch}")
+        raise FileNotFoundError(f"{path} is missing; `python backbone.py` fetches to {WEIGHTS}")
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
-    parser = data.Parser("backbone.py", about)
-    where = "where they are (%(default)s, fetched if missing)"
-    parser.add_argument("--weights", default=WEIGHTS, help=where)
+    parser = argparse.ArgumentParser(description=about)
+    help_ = "where they are (%(default)s, fetched if missing)"
+    parser.add_argument("--weights", default=WEIGHTS, metavar="FILE", help=help_)
     args = parser.parse_args(argv)
-    with data.one_line_errors(parser):
+    with data.one_line_errors():
         fetch_weights(args.weights)
         ast = load_ast(args.weights)
-        digest = data.file_digest(args.weights)
-    known = "the public AudioSet AST" if digest == WEIGHTS_SHA256 else "other"
-    print(f"{args.weights}  SHA-256 {digest} ({known})")
+        print(f"{args.weights}: SHA-256 {data.file_digest(args.weights)}")
     tokens, dim = ast.pos_embed.shape[1:]
     print(f"AST: {len(ast.blocks)} blocks, {dim} dimensions, {tokens} tokens")
     print(f"parameters: {sum(parameter.numel() for parameter in ast.parameters()):,}")

@@ -9,7 +9,8 @@ This is their equation 3 with the scaling of their section 4.1 and the dropout o
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
 Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing afterwards.
 
-Nothing here knows about audio: the model needs `blocks`, and layers of the names that are given.
+Nothing here knows about audio. The model needs a list of `blocks`; the linear layers in these are
+found by their names.
 """
 
 import math
@@ -31,19 +32,15 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
         super().__init__()
-        if rank < 1:
-            raise ValueError(f"LoRA rank must be at least 1, got {rank}")
-        if not (math.isfinite(alpha) and alpha > 0):
-            raise ValueError(f"LoRA alpha must be positive, got {alpha}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"LoRA dropout must be in [0, 1), got {dropout}")
+        if rank < 1 or not alpha > 0 or not 0 <= dropout < 1:
+            raise ValueError("LoRA needs rank >= 1, alpha > 0 and 0 <= dropout < 1")
         self.base = base.requires_grad_(False)
         self.scaling = alpha / rank
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        # Uniform in ±1/√in, as nn.Linear starts (microsoft/LoRA). PyTorch takes the last dimension
-        # for the fan-in; that must be `in`, so A is (rank, in).
+        # Uniform in ±1/√in, as nn.Linear itself starts (microsoft/LoRA). PyTorch reads the fan-in
+        # off the last dimension, hence (rank, in).
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -73,34 +70,23 @@ def add_lora(
 ) -> None:
     """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place.
 
-    targets  names of the layers inside a block: any of q k v proj fc1 fc2 for the AST
+    targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   indices into model.blocks, None for all
 
-    ValueError: no layer or one that does not exist, no target or one that names no linear layer,
-    or that is wrapped already; the model is then unchanged. Or what LoRALinear refuses.
+    ValueError: a layer that does not exist, a target that names no linear layer (or one that has
+    LoRA already), or what LoRALinear refuses.
     """
-    depth = len(model.blocks)
-    layers = range(depth) if layers is None else sorted(set(layers))
-    if not layers or not targets:
-        raise ValueError("LoRA needs at least one layer and one target")
-    found = []
-    for index in layers:
+    depth, found = len(model.blocks), set()
+    for index in range(depth) if layers is None else sorted(set(layers)):
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
-        for parent in model.blocks[index].modules():
-            for name, child in parent.named_children():
-                if name in targets and isinstance(child, nn.Linear | LoRALinear):
-                    found.append((parent, name, child))
-
-    names = [name for _, name, _ in found]
-    for target in targets:
-        if target not in names:
-            raise ValueError(f"LoRA target {target!r} names no linear layer of a block")
-    if any(isinstance(child, LoRALinear) for _, _, child in found):
-        raise ValueError("these layers have LoRA already: merge_lora first")
-
-    for parent, name, child in found:
-        setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
+        for parent in list(model.blocks[index].modules()):
+            for name, child in list(parent.named_children()):
+                if name in targets and isinstance(child, nn.Linear):
+                    setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
+                    found.add(name)
+    if missing := set(targets) - found:
+        raise ValueError(f"LoRA targets that name no linear layer of a block: {' '.join(missing)}")
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -111,28 +97,19 @@ def merge_lora(model: nn.Module) -> None:
                 setattr(parent, name, child.merged())
 
 
-# ---------------------------------------------- plumbing: not needed to follow the method
+# What was trained is what requires a gradient. Only that is saved.
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
-    """What was trained is what requires a gradient: {"ast.blocks.0.attn.q.A": (rank, in), ...}."""
+    """{"ast.blocks.0.attn.q.A": (rank, in), ...}"""
     return {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy it into a model that was prepared in the same way.
-
-    ValueError: other layers, targets or parts were trained (the names differ), or another rank or
-    size (the shapes differ). Nothing has been changed then.
-    """
-    trained = trained_state(model)
-    if names := sorted(trained.keys() ^ state.keys()):
-        differ = f"{len(names)} names differ, {names[0]} for one"
-        raise ValueError(f"something else was trained: {differ}")
-    for name, tensor in trained.items():
-        if tensor.shape != state[name].shape:
-            shapes = f"{tuple(state[name].shape)}, not {tuple(tensor.shape)}"
-            raise ValueError(f"another rank or size was trained: {name} is {shapes}")
+    """Copy it into a model that was prepared in the same way. ValueError: it was not."""
+    here = {name: p.shape for name, p in trained_state(model).items()}
+    if here != {name: p.shape for name, p in state.items()}:
+        raise ValueError("other layers, another rank or another size was trained")
     model.load_state_dict(state, strict=False)
 
 

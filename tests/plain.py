@@ -89,11 +89,9 @@ def embedding(
     h = z[:, 2:]
     context = torch.cat([h, h.mean(1, keepdim=True).expand_as(h),
                          h.std(1, correction=0, keepdim=True).expand_as(h)], 2)  # fmt: skip
-    W = torch.cat(
-        [head["pooling.hidden_of_token.weight"], head["pooling.hidden_of_context.weight"]], 1
-    )
-    hidden = torch.tanh(context @ W.T + head["pooling.hidden_of_token.bias"])
-    a = (hidden @ head["pooling.weights.weight"].T).softmax(1)
+    W = torch.cat([head["pooling.W1_token.weight"], head["pooling.W1_context.weight"]], 1)
+    hidden = torch.tanh(context @ W.T + head["pooling.W1_token.bias"])
+    a = (hidden @ head["pooling.W2.weight"].T).softmax(1)
     mean = (a * h).sum(1)
     std = ((a * (h - mean[:, None]) ** 2).sum(1)).sqrt()
     return F.normalize(torch.cat([mean, std], 1) @ head["linear.weight"].T + head["linear.bias"])
@@ -123,7 +121,7 @@ def train(
 ):
     """-> (weights of the AST with adapters, head, class centres, log).
 
-    The log has (step, rate of its last step, mean loss, accuracy) for each epoch.
+    The log has (epoch, step, rate of its last step, mean loss) for each epoch.
     """
     torch.manual_seed(1_000_000 * seed)
     D, E, C, clips = public["norm.weight"].numel(), 256, max(labels) + 1, len(waves)
@@ -141,9 +139,9 @@ def train(
     if tuning == "full":
         trained |= w
     sizes = {
-        "pooling.hidden_of_token": (D, 128, True),
-        "pooling.hidden_of_context": (2 * D, 128, False),
-        "pooling.weights": (128, D, False),
+        "pooling.W1_token": (D, 128, True),
+        "pooling.W1_context": (2 * D, 128, False),
+        "pooling.W2": (128, D, False),
         "linear": (2 * D, E, True),
     }
     head = {}
@@ -168,7 +166,7 @@ def train(
         spare = [max(0, 1 + (len(wave) - 400) // 160 - 1024) for wave in waves]
         first = [int(u * (n + 1)) for u, n in zip(torch.rand(clips), spare)]
         order = torch.randperm(clips).tolist()
-        total_loss = total_hits = 0
+        total_loss = 0
         for begin in range(0, clips, batch):
             members = order[begin : begin + batch]
             frames = [mel_frames(waves[i])[first[i] : first[i] + 1024] for i in members]
@@ -187,7 +185,6 @@ def train(
             losses = torch.logsumexp(logits, 1) - logits[true]
             losses.mean().backward()
             total_loss += losses.sum().item()
-            total_hits += (cos.argmax(1) == y).sum().item()
             step += 1
             factor = min(1.0, step / ramp) if ramp else 1.0
             with torch.no_grad():
@@ -200,7 +197,7 @@ def train(
                         p *= 1 - rate * factor * weight_decay
                         p -= rate * factor * (m / (1 - 0.9**step)) / size
                         p.grad = None
-        log.append((step, lr * factor, total_loss / clips, total_hits / clips))
+        log.append((epoch, step, lr * factor, total_loss / clips))
     return w, head, centres, log
 
 
@@ -265,15 +262,10 @@ def score(
         return min(values)
 
     statistics = {}
-    for domain in (False, True) if normalize in ("train", "test") else ():
+    for domain in (False, True) if normalize == "test" else ():
         reference = []
-        if normalize == "test":
-            for windows in test:
-                reference += [neighbours(x, others(None, domain), k) for x in windows]
-        else:
-            for i, windows in enumerate(train):
-                if is_target[i] == domain:
-                    reference += [neighbours(x, others(i, domain), k) for x in windows]
+        for windows in test:
+            reference += [neighbours(x, others(None, domain), k) for x in windows]
         statistics[domain] = (np.mean(reference), np.std(reference))
 
     def of_window(query: np.ndarray, clip: int | None) -> float:

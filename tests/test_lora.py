@@ -19,27 +19,17 @@ from lora import (
 
 
 def adapted_layer(rank=4, alpha=6.0, dropout=0.0, bias=True, dtype=torch.float32) -> LoRALinear:
-    """A layer 10 -> 7 whose B is no longer zero; alpha ≠ rank, so that a forgotten scaling
-    shows."""
+    """A layer 10 -> 7 with B ≠ 0, and alpha ≠ rank, so that a forgotten scaling shows."""
     torch.manual_seed(0)
     layer = LoRALinear(nn.Linear(10, 7, bias=bias, dtype=dtype), rank, alpha, dropout)
     nn.init.normal_(layer.B)
     return layer
 
 
-def test_forward_is_the_equation():
-    layer, x = adapted_layer(), torch.randn(3, 5, 10)
-    W, b, A, B, X = (
-        t.detach().double().numpy()
-        for t in (layer.base.weight, layer.base.bias, layer.A, layer.B, x)
-    )
-    expected = X @ W.T + b + 6.0 / 4 * (X @ A.T @ B.T)
-    torch.testing.assert_close(layer(x).double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
-
-
 def test_a_worked_example():
-    """W = 0, A = [[1, 2]], B = [[3], [4]], rank 1, alpha 2: y = 2 · (x₁ + 2 x₂) · (3, 4); x = (1,
-    1) -> (18, 24)."""
+    """W = 0, A = [[1, 2]], B = [[3], [4]], rank 1, alpha 2: y = 2 · (x₁ + 2 x₂) · (3, 4), so that
+    x = (1, 1) gives (18, 24).
+    """
     layer = LoRALinear(nn.Linear(2, 2, bias=False), rank=1, alpha=2)
     with torch.no_grad():
         layer.base.weight.zero_()
@@ -48,10 +38,17 @@ def test_a_worked_example():
     assert layer(torch.tensor([1.0, 1.0])).tolist() == [18.0, 24.0]
 
 
+def test_forward_is_the_equation():
+    layer, x = adapted_layer(), torch.randn(3, 5, 10)
+    tensors = (layer.base.weight, layer.base.bias, layer.A, layer.B, x)
+    W, b, A, B, X = (t.detach().double().numpy() for t in tensors)
+    expected = X @ W.T + b + 6.0 / 4 * (X @ A.T @ B.T)
+    torch.testing.assert_close(layer(x).double(), torch.from_numpy(expected), atol=1e-5, rtol=0)
+
+
 def test_zero_B_leaves_the_backbone_unchanged():
     torch.manual_seed(0)
-    ast = AST(dim=64, depth=2, heads=1).eval()
-    x = torch.randn(1, 1024, 128)
+    ast, x = AST(dim=64, depth=2, heads=1).eval(), torch.randn(1, 1024, 128)
     with torch.no_grad():
         before = ast(x)
         add_lora(ast, ["q", "k", "v", "proj", "fc1", "fc2"], rank=3, alpha=7)
@@ -59,16 +56,14 @@ def test_zero_B_leaves_the_backbone_unchanged():
 
 
 def test_A_starts_as_wide_as_a_linear_layer():
-    """Uniform in ±1/√in: standard deviation 1/√(3 in). A transposed A would be √(in/rank) times too
-    wide."""
+    """Uniform in ±1/√in. A transposed A would be √(in/rank) times too wide."""
     A = LoRALinear(nn.Linear(768, 768), rank=16, alpha=16).A
     assert A.abs().max() <= 1 / math.sqrt(768)
     assert A.std().item() == pytest.approx(1 / math.sqrt(3 * 768), rel=0.03)
 
 
 def test_gradients_are_those_of_the_dense_update():
-    """With G = ∂L/∂W' of the merged layer: ∂L/∂B = alpha/rank · G Aᵀ and ∂L/∂A = alpha/rank · Bᵀ
-    G."""
+    """With G = ∂L/∂W' of the merged layer: ∂L/∂B = alpha/rank G Aᵀ, and ∂L/∂A = alpha/rank Bᵀ G."""
     layer, x, g = adapted_layer(), torch.randn(6, 10), torch.randn(6, 7)
     layer(x).backward(g)
     G = g.T @ x
@@ -80,12 +75,11 @@ def test_gradients_are_those_of_the_dense_update():
 @pytest.mark.parametrize("bias", [True, False])
 def test_merged_equals_unmerged_and_differs_from_the_base(bias):
     layer, x = adapted_layer(bias=bias), torch.randn(4, 10)
-    base_before = layer.base.weight.clone()
-    merged = layer.merged()
+    before, merged = layer.base.weight.clone(), layer.merged()
     assert type(merged) is nn.Linear
     torch.testing.assert_close(merged(x), layer(x), atol=1e-5, rtol=0)
     assert (merged(x) - layer.base(x)).abs().max() > 0.1
-    assert torch.equal(layer.base.weight, base_before), "merging must not touch the layer itself"
+    assert torch.equal(layer.base.weight, before), "merging must not touch the layer itself"
 
 
 def test_merging_a_bfloat16_layer_rounds_once():
@@ -101,9 +95,7 @@ def test_dropout_acts_on_the_update_only_and_only_in_training():
     assert outputs.std(dim=0).min() > 0
     layer.eval()
     expected = layer(x)
-    torch.testing.assert_close(
-        outputs.mean(dim=0), expected, atol=0.3, rtol=0
-    )  # dropout keeps the mean
+    torch.testing.assert_close(outputs.mean(dim=0), expected, atol=0.3, rtol=0)  # its mean is kept
     assert torch.equal(layer(x), expected)
     nn.init.zeros_(layer.B)
     assert torch.equal(layer.train()(x), layer.base(x)), "the base layer's input is never dropped"
@@ -122,15 +114,13 @@ def test_peft_computes_the_same():
     assert_equal_within(1e-5, "LoRA output against peft", ours(x), theirs(x))
     ours(x).backward(g)
     theirs(x).backward(g)
-    for matrix, name in (("A", "lora_A"), ("B", "lora_B")):
-        gradient = getattr(theirs, name)["default"].weight.grad
-        assert_equal_within(
-            1e-5, f"LoRA gradient of {matrix} against peft", getattr(ours, matrix).grad, gradient
-        )
+    for matrix in "AB":
+        gradient = getattr(theirs, f"lora_{matrix}")["default"].weight.grad
+        what = f"LoRA gradient of {matrix} against peft"
+        assert_equal_within(1e-5, what, getattr(ours, matrix).grad, gradient)
     theirs.merge()
-    assert_equal_within(
-        1e-5, "LoRA merged against peft", ours.merged().weight, theirs.get_base_layer().weight
-    )
+    merged = theirs.get_base_layer().weight
+    assert_equal_within(1e-5, "LoRA merged against peft", ours.merged().weight, merged)
 
 
 # ---------------------------------------------------------------- where it is put
@@ -147,45 +137,40 @@ def small_ast(depth=3) -> AST:
 
 def test_add_lora_wraps_exactly_the_named_layers_of_the_chosen_blocks():
     ast = small_ast()
-    add_lora(ast, ["v", "fc1"], rank=2, alpha=3, layers=[0, 2])
-    assert wrapped(ast) == [
-        "blocks.0.attn.v",
-        "blocks.0.mlp.fc1",
-        "blocks.2.attn.v",
-        "blocks.2.mlp.fc1",
-    ]
+    add_lora(ast, ["v", "fc1"], rank=2, alpha=3, layers=[2, 0])
+    names = ["attn.v", "mlp.fc1"]
+    assert wrapped(ast) == [f"blocks.{i}.{name}" for i in (0, 2) for name in names]
     trainable = {name for name, p in ast.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.{matrix}" for name in wrapped(ast) for matrix in "AB"}
+    assert {ast.blocks[i].attn.v.scaling for i in (0, 2)} == {1.5}
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"targets": ["qkv"]}, "'qkv' names no linear layer"),
-        ({"targets": ["norm1"]}, "'norm1' names no linear layer"),
-        ({"targets": []}, "at least one"),
+        ({"targets": ["qkv"]}, "name no linear layer of a block: qkv"),
+        ({"targets": ["q", "norm1"]}, "name no linear layer of a block: norm1"),
         ({"layers": [3]}, "layer 3 does not exist: there are layers 0-2"),
         ({"layers": [-1]}, "layer -1 does not exist"),
-        ({"layers": []}, "at least one"),
-        ({"rank": 0}, "rank must be at least 1"),
-        ({"alpha": 0.0}, "alpha must be positive"),
-        ({"alpha": math.nan}, "alpha must be positive"),
-        ({"dropout": 1.0}, "dropout must be in"),
+        ({"layers": []}, "name no linear layer"),
+        ({"rank": 0}, "rank >= 1"),
+        ({"alpha": 0.0}, "alpha > 0"),
+        ({"alpha": math.nan}, "alpha > 0"),
+        ({"dropout": 1.0}, "dropout < 1"),
+        ({"dropout": -0.1}, "0 <= dropout"),
     ],
 )
-def test_wrong_arguments_are_refused_and_change_nothing(arguments, message):
-    ast = small_ast()
+def test_wrong_arguments_are_refused(arguments, message):
     with pytest.raises(ValueError, match=message):
-        add_lora(ast, **({"targets": ["q"], "rank": 2, "alpha": 2} | arguments))
-    assert wrapped(ast) == []
+        add_lora(small_ast(), **({"targets": ["q"], "rank": 2, "alpha": 2} | arguments))
 
 
-def test_wrapping_twice_is_refused():
+def test_a_layer_is_wrapped_once():
     ast = small_ast()
-    add_lora(ast, ["q"], rank=2, alpha=2)
-    with pytest.raises(ValueError, match="have LoRA already: merge_lora first"):
-        add_lora(ast, ["q", "v"], rank=2, alpha=2)
-    assert all(name.endswith(".q") for name in wrapped(ast))
+    add_lora(ast, ["q", "q"], rank=2, alpha=2, layers=[0, 0])
+    assert wrapped(ast) == ["blocks.0.attn.q"]
+    with pytest.raises(ValueError, match="name no linear layer"):
+        add_lora(ast, ["q"], rank=2, alpha=2, layers=[0])
 
 
 def randomise(ast: AST) -> None:
@@ -218,43 +203,27 @@ def test_what_was_trained_survives_a_round_trip():
 
 
 @pytest.mark.parametrize(
-    ("other", "message"),
-    [
-        (
-            {"rank": 2},
-            r"another rank or size was trained: blocks.0.attn.q.A is \(4, 64\), not \(2, 64\)",
-        ),
-        (
-            {"targets": ["q"]},
-            "something else was trained: 6 names differ, blocks.0.attn.v.A for one",
-        ),
-        ({"targets": ["q", "k"]}, "something else was trained"),
-        ({"layers": [1, 2]}, "something else was trained"),
-    ],
+    "other", [{"rank": 2}, {"targets": ["q"]}, {"targets": ["q", "k"]}, {"layers": [1, 2]}]
 )
-def test_what_was_trained_otherwise_is_refused_and_changes_nothing(other, message):
+def test_what_was_trained_otherwise_is_refused_and_changes_nothing(other):
     arguments = {"targets": ["q", "v"], "rank": 4, "alpha": 2, "layers": None}
     ast, prepared = small_ast(), small_ast()
     add_lora(ast, **arguments)
     add_lora(prepared, **(arguments | other))
     before = {name: tensor.clone() for name, tensor in trained_state(prepared).items()}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match="another rank or another size was trained"):
         load_trained_state(prepared, trained_state(ast))
-    assert all(
-        torch.equal(trained_state(prepared)[name], tensor) for name, tensor in before.items()
-    )
+    after = trained_state(prepared)
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
 
 
 @pytest.mark.parametrize(
     ("targets", "rank", "count"),
-    [  # of the README: a layer in -> out has rank · (in + out), in each of 12 blocks
+    [  # a layer in -> out has rank · (in + out), in each of 12 blocks
         (["q", "v"], 64, 2_359_296),
         (["v"], 64, 1_179_648),
-        (["q", "k", "v"], 64, 3_538_944),
-        (["q", "k", "v", "proj"], 64, 4_718_592),
         (["q", "k", "v", "proj", "fc1", "fc2"], 64, 10_616_832),
         (["q", "v"], 4, 147_456),
-        (["q", "v"], 128, 4_718_592),
     ],
 )
 def test_parameter_counts_of_the_base_ast(targets, rank, count):
@@ -266,12 +235,9 @@ def test_parameter_counts_of_the_base_ast(targets, rank, count):
 
 
 def test_nothing_below_the_first_adapter_is_recorded_for_the_backward_pass():
-    ast = small_ast(depth=4)
+    ast, recorded = small_ast(depth=4), []
     add_lora(ast, ["v"], rank=2, alpha=2, layers=[2, 3])
-    recorded = {}
-    for i, block in enumerate(ast.blocks):
-        block.register_forward_hook(
-            lambda _, __, output, i=i: recorded.update({i: output.requires_grad})
-        )
+    for block in ast.blocks:
+        block.register_forward_hook(lambda _, __, z: recorded.append(z.requires_grad))
     ast(torch.randn(1, 1024, 128))
-    assert recorded == {0: False, 1: False, 2: True, 3: True}
+    assert recorded == [False, False, True, True]
