@@ -1,6 +1,7 @@
-"""The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021, 2104.01778).
+"""The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021).
 
-A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins); a token has D dimensions:
+arXiv 2104.01778. A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins). A token has
+D dimensions:
 
     z = [cls, dist, patches(x)] + pos                        1214 tokens: 2, and 12 · 101 patches
     z = z + Attention(LayerNorm(z))                          12 blocks of these two lines
@@ -117,7 +118,7 @@ def mean_of_class_tokens(tokens: Tensor) -> Tensor:
 
 
 def mean_of_patches(tokens: Tensor) -> Tensor:
-    """(B, N, D) -> (B, D), as published comparisons of untouched models have it."""
+    """(B, N, D) -> (B, D), as in comparisons of untouched models (arXiv 2603.04605)."""
     return tokens[:, 2:].mean(dim=1)
 
 
@@ -148,7 +149,7 @@ class AttentiveStatisticsPooling(nn.Module):
 
         mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
         variance = (a * (h - mean).square()).sum(dim=1)  # (B, D)
-        std = variance.clamp(min=1e-6).sqrt()  # √ is infinitely steep at 0, where training starts
+        std = variance.clamp(min=1e-6).sqrt()  # √ is infinitely steep at 0
         return torch.cat([mean.squeeze(1), std], dim=1)
 
 

@@ -18,9 +18,9 @@ All training clips are normal. A clip's way to the network:
     spectrogram   (1024, 128)      X, padded with zeros or cut, is normalised: (X + 4.268) / 9.138
     SpecAug       (1024, 128)      in training a random stripe of time and one of frequency are 0
 
-Frame t is the 25 ms from t · 10 ms on. M holds triangular filters, evenly spaced on the mel scale.
-1024 frames are a window of 10.255 s. Of a longer clip, training takes a window at a random place
-in each epoch, and scoring takes as many windows as cover it.
+Frame t is the 25 ms from t · 10 ms on, without its mean, pre-emphasised and tapered. M holds
+triangular filters, evenly spaced on the mel scale. 1024 frames are a window of 10.255 s. Of a
+longer clip, training takes a window at a random place in each epoch, scoring as many as cover it.
 
     python data.py --machine fan        # fetches a machine of DCASE2023 Task 2
 """
@@ -74,13 +74,9 @@ def parse_clip(path: str | Path) -> Clip:
     return Clip(path, path.parent.parent.name, path.parent.name, domain, is_anomaly, attributes)
 
 
-# From a WAV file to a spectrogram
-
-
 def read_wav(path: str | Path) -> Tensor:
     """Any WAV file as mono 16 kHz in [-1, 1]: (n_samples,) float32. ValueError: see decode."""
-    wave, rate = decode(path)
-    return resample(wave, rate, SAMPLE_RATE)
+    return resample(*decode(path), SAMPLE_RATE)
 
 
 def decode(path: str | Path) -> tuple[Tensor, int]:
@@ -98,7 +94,7 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
             warnings.filterwarnings("error", "Reached EOF")  # of a truncated file
             rate, samples = wavfile.read(io.BytesIO(content))
         channels, size, bits = struct.unpack_from("<2xH8xHH", content, content.index(b"fmt ") + 8)
-        if content[:4] == b"RIFF" and 8 * size != channels * bits:  # scipy would not scale them
+        if content[:4] == b"RIFF" and 8 * size != channels * bits:  # scipy would scale them wrongly
             raise ValueError(f"{bits} bits a sample in {size // channels} bytes")
     except Exception as error:  # scipy raises many kinds where a header is damaged
         raise ValueError(f"{path} is no WAV file that can be read: {error}") from error
@@ -121,8 +117,8 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
 def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
     """What the AST takes of a wave, from sample `start` on: (n_samples,) -> (1024, 128).
 
-    Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py), which
-    also subtracts the mean of the whole wave first. That is redundant: Kaldi takes each frame's.
+    Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py). That also
+    subtracts the mean of the whole wave, which changes nothing: each frame loses its own.
     """
     window = wave[start : start + WINDOW]
     x = fbank(
@@ -263,7 +259,7 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 
 # What the commands share
 
-# Arguments that change no result. What kind of device it was does: see train.py's `precision`.
+# Arguments that change no result; the kind of device does, see train.py's `precision`.
 PLACES = {"run", "data", "weights", "workers", "device", "compile", "micro_batch"}
 
 

@@ -148,10 +148,7 @@ def read_json(path: Path) -> dict:
 
 
 def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[dict, list[str]]:
-    """A row of metrics.csv (what was evaluated, how it was scored, the metrics), and the clips.
-
-    FileNotFoundError: no scores. ValueError: no labels, or something wrong in a file.
-    """
+    """A row of metrics.csv, and the clips' names. FileNotFoundError, ValueError: see read_csv."""
     end = f"{machine}_section_00_test.csv"
     scores = read_csv(run / f"anomaly_score_{end}")
     names, how = list(scores), read_json(run / f"scoring_{machine}.json")
@@ -163,16 +160,15 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[
     decisions, wrong = None, {}
     if (run / f"decision_result_{end}").exists():
         decisions = np.array(read_labels(run / f"decision_result_{end}", names))
-        wrong = {"missed": (is_anomaly & ~decisions).sum()}
-        wrong |= {"false_alarms": (~is_anomaly & decisions).sum()}
+        wrong = {"missed": sum(is_anomaly & ~decisions)}
+        wrong["false_alarms"] = sum(~is_anomaly & decisions)
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decisions)
 
     which = "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
-    if not all(re.match(r"section_\d\d_", name) for name in names):
-        which = "own"
+    which = which if names[0].startswith("section_") else "own"
     seed = read_json(run / "args.json").get("args", {}).get("seed", "")
     row = {"run": str(run), "seed": seed, "machine": machine, "set": which}
-    row |= {"scored_with": how.get("scored_with", "not known")}
+    row["scored_with"] = how.get("scored_with", "not known")
     return row | metrics | {"harmonic_mean": official_score([metrics])} | wrong, names
 
 
@@ -201,7 +197,7 @@ def official(which: str, trials: list[list[dict]]) -> str:
     trials = [[row for row in rows if row["set"] == which] for rows in trials]
     rows = trials[0]
     undefined = sum(math.isnan(row[key]) for row in rows for key in NUMBERS)
-    missing = [f"{len(rows)}/7"] if len(rows) < 7 else []
+    missing = [f"{len(rows)}/7"] if len(rows) < 7 and which != "own" else []
     missing += [f"{undefined} of {3 * len(rows)} values undefined"] if undefined else []
     note = f", partial ({'; '.join(missing)})" if missing else ""
     return f"**{percent([official_score(rows) for rows in trials])}** (n = {len(trials)}){note}"
@@ -260,7 +256,9 @@ def main(argv: list[str] | None = None) -> None:
             for row in rows:
                 of_set = [other for other in rows if other["set"] == row["set"]]
                 row["official_score"] = official_score(of_set)
-            data.write_csv(run / "metrics.csv", [rows[0], *(row.values() for row in rows)])
+            header = dict.fromkeys(key for row in rows for key in row)
+            lines = [[row.get(key, "") for key in header] for row in rows]
+            data.write_csv(run / "metrics.csv", [header, *lines])
     found = list(settings.values())
     print(table(found[0]) if len(found) == 1 else ablation(found))
 

@@ -106,7 +106,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy it into a model that was prepared in the same way. ValueError: it was not."""
+    """Copy `state` into a model that was prepared in the same way. ValueError: it was not."""
     here = {name: p.shape for name, p in trained_state(model).items()}
     if here != {name: p.shape for name, p in state.items()}:
         raise ValueError("other layers, another rank or another size was trained")

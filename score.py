@@ -1,12 +1,12 @@
 """Score: how far is a test clip from the nearest normal training clip of its machine?
 
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
-    score(x) = mean of the k smallest d(x, y) over the bank y                            (k = 1)
+    score(x) = mean of the k smallest d(x, y) over all y in the bank                     (k = 1)
 
-The bank is all windows of the machine's training clips. A clip of 10 s is one window, a longer one
-has several; each is scored by itself, and the clip has the score of its most anomalous window. A
-clip is called anomalous if its score is above the 90th percentile of the training clips' scores. A
-training clip is scored against the other training clips only.
+The bank holds all windows of the machine's training clips. A clip of 10 s is one window, a longer
+one has several; each is scored by itself, and the clip has the score of its most anomalous window.
+A clip is called anomalous if its score is above the 90th percentile of the training clips' scores.
+A training clip is scored against the other training clips only.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -35,8 +35,8 @@ DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end
 def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | None):
     """Embed all windows of all clips, in their order and in float32 on every device.
 
-    Yields what AllWindows tells of a window's clip, (index, starts, sound), and the window's
-    embedding (D,) of unit length.
+    Yields for each window ((index of its clip, starts, sound), embedding (D,) of unit length);
+    starts and sound are what AllWindows tells of the clip.
     """
     model.eval()
     device = model.ast.pos_embed.device
@@ -44,12 +44,13 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | No
 
     def windows():
         loader = make_loader(AllWindows(clips), workers, device, batch_size=None)
-        for index, (x, starts, sound) in enumerate(loader):
+        for index, (x, starts, sound) in enumerate(loader):  # x (n, 1024, 128), of one clip
             for window in x:
                 yield (index, starts, sound), window
 
+    # The windows go through the network batch_size at a time, however many a clip has.
     waiting = windows()
-    while batch := list(islice(waiting, batch_size)):  # full batches, however long the clips are
+    while batch := list(islice(waiting, batch_size)):
         of_clip, x = zip(*batch)
         yield from zip(of_clip, model(torch.stack(x).to(device)).cpu().numpy())
 
@@ -65,7 +66,7 @@ def nearest(d: np.ndarray, k: int) -> np.ndarray:
     ValueError: a row has fewer than k that are finite.
     """
     if not 1 <= k <= np.isfinite(d).sum(axis=1).min():
-        raise ValueError(f"too few training clips for a distance to {k} of them")
+        raise ValueError(f"too few training clips for a distance to {k} windows of them")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
 
 
@@ -130,22 +131,22 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
     scores, train_scores = anomaly_scores(
         test.e, train.e, train.clip, domain, args.k, args.normalize
     )
-    at = most_anomalous(scores, test.clip)  # a window of each test clip
-    scores = scores[at]
+    worst = most_anomalous(scores, test.clip)  # a window of each test clip
+    clip_scores = scores[worst]
     train_scores = train_scores[most_anomalous(train_scores, train.clip)]
-    alarms, threshold = decide(scores, train_scores, args.percentile)
+    alarms, threshold = decide(clip_scores, train_scores, args.percentile)
 
-    d = distances(test.e[at], train.e)
+    d = distances(test.e[worst], train.e)
     near = d.argmin(axis=1)  # a training window for each test clip, by plain distance
     train_names = np.array([clip.path.name for clip in train_clips])
     report = {
         "test_clip": np.array([clip.path.name for clip in test_clips]),
-        "score": scores,
-        "threshold": np.full(len(at), threshold),
+        "score": clip_scores,
+        "threshold": np.full(len(worst), threshold),
         "alarm": alarms.astype(int),
         "nearest_training_clip": train_names[train.clip[near]],
         "distance": d.min(axis=1),
-        "at_seconds": test.start[at] / SAMPLE_RATE,
+        "at_seconds": test.start[worst] / SAMPLE_RATE,
         "nearest_at_seconds": train.start[near] / SAMPLE_RATE,
     }
     write_results(machine, report, train_scores, model_id, args)
@@ -162,9 +163,8 @@ def normalised(
     density  d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest neighbours from
              other clips (Wilkinghoff et al. 2025, arXiv 2509.10951)
     test     min over the domains of (score - μ) / σ, with a bank for each domain, and μ and σ of
-             all test windows' scores against that bank. This is TRANSDUCTIVE: each score depends
-             on the whole test set, which later challenge rules forbid (RMIS, released by the lab
-             of arXiv 2409.07016).
+             all test windows' scores against that bank (from RMIS, code of the paper's lab). This
+             is TRANSDUCTIVE: each score depends on the whole test set. Later rules forbid it.
 
     When a training clip is scored, its windows leave the bank; ρ, μ and σ stay as they are.
     """
@@ -187,6 +187,7 @@ def normalised(
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
+import contextlib
 import json
 import time
 
@@ -195,8 +196,6 @@ from tqdm import tqdm
 import backbone
 import evaluate
 import train as training
-from data import HOP
-from evaluate import first_ten
 from lora import merge_lora
 
 SAVE_EVERY = 60  # seconds: how often embeddings are saved while they come
@@ -212,8 +211,10 @@ def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
         listed = data.list_clips(args.data, machine, split)
         clips[split] = {clip: data.file_digest(clip.path) for clip in listed}
         said[split] = f"{len(listed)} {split} clips"
-        if others := not_read(listed[0].path.parent):
-            said[split] += f" (not read: {first_ten(others)})"
+        beside = sorted(listed[0].path.parent.glob("[!.]*"))
+        others = [path.name for path in beside if path.suffix.lower() != ".wav" or path.is_dir()]
+        if others:
+            said[split] += f" (not read: {evaluate.first_ten(others)})"
     bank = {digest: clip for clip, digest in clips["train"].items()}
     if copies := len(clips["train"]) - len(bank):
         said["train"] += f" ({copies} copies)"
@@ -223,19 +224,10 @@ def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
     return {clip: digest for digest, clip in bank.items()}, clips["test"]
 
 
-def not_read(folder: Path) -> list[str]:
-    """What lies beside the WAV files: ["a.flac", "folder M1"]."""
-    others = []
-    for path in sorted(folder.glob("[!.]*")):
-        if path.is_dir() or path.suffix.lower() != ".wav":
-            others.append(f"folder {path.name}" if path.is_dir() else path.name)
-    return others
-
-
 def embedded(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
     """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start, its sound)}.
 
-    Embeddings are kept in the run folder by model and content, so only what is new goes through
+    Embeddings are kept in the run folder under model and content, so only what is new goes through
     the network, and neither Ctrl-C nor a bad clip costs what has been embedded.
     """
     file = args.run / f"embeddings_{machine}.pt"
@@ -272,33 +264,31 @@ def say_what_is_unlike(machine: str, found: dict) -> None:
         if len(unlike):
             named = [f"{clips[i].split}/{clips[i].path.name} ({values[i]:.6g})" for i in unlike]
             usual = f"most training clips have {low:g} to {high:g} {unit}"
-            print(f"note: {machine}: {len(unlike)} of unusual {what} ({usual}): {first_ten(named)}")
+            what = f"{len(unlike)} of unusual {what} ({usual})"
+            print(f"note: {machine}: {what}: {evaluate.first_ten(named)}")
 
 
 def all_windows(found: dict, clips: dict) -> Windows:
-    embeddings = np.concatenate([found[clip][0].numpy() for clip in clips])
     starts = [found[clip][1] for clip in clips]
-    index = np.repeat(np.arange(len(clips)), [len(s) for s in starts])
-    return Windows(embeddings, index, np.concatenate(starts))
+    clip_of_each = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
+    e = np.concatenate([found[clip][0].numpy() for clip in clips])
+    return Windows(e, clip_of_each, np.concatenate(starts))
 
 
 def write_results(
     machine: str, report: dict, train_scores: np.ndarray, model_id: str, args: argparse.Namespace
 ) -> None:
     """The CSV files, and the ten highest scores; what is not made anew is removed."""
-    for name in (f"scoring_{machine}.json", f"{machine}.png", "metrics.csv"):
-        (args.run / name).unlink(missing_ok=True)
-    rows = list(zip(*(column.tolist() for column in report.values())))
-    scores, decisions = [(row[0], row[1]) for row in rows], [(row[0], row[3]) for row in rows]
-    end = f"{machine}_section_00_test.csv"
-    data.write_csv(args.run / f"anomaly_score_{end}", scores)
-    data.write_csv(args.run / f"decision_result_{end}", decisions)
-    rows.sort(key=lambda row: -row[1])
+    for old in (args.run / f"{machine}.png", args.run / "metrics.csv"):
+        old.unlink(missing_ok=True)
+    report = {name: column.tolist() for name, column in report.items()}
+    names, end = report["test_clip"], f"{machine}_section_00_test.csv"
+    data.write_csv(args.run / f"anomaly_score_{end}", zip(names, report["score"]))
+    data.write_csv(args.run / f"decision_result_{end}", zip(names, report["alarm"]))
+    rows = sorted(zip(*report.values()), key=lambda row: -row[1])
     data.write_csv(args.run / f"report_{machine}.csv", [list(report), *rows])
-    normalize = "test (TRANSDUCTIVE)" if args.normalize == "test" else args.normalize
-    how = (
-        f"{model_id.split()[0]}, normalize {normalize}, k {args.k}, percentile {args.percentile:g}"
-    )
+    how = f"{model_id.split()[0]}, normalize {args.normalize}, k {args.k}"
+    how += f", percentile {args.percentile:g}" + ", TRANSDUCTIVE" * (args.normalize == "test")
     with data.whole_file(args.run / f"scoring_{machine}.json", "w") as file:
         json.dump({"scored_with": how, "data": str(args.data)}, file)  # for evaluate.py
 
@@ -314,62 +304,54 @@ def plot(path: Path, machine: str, rows: list[tuple], train_scores: np.ndarray, 
     """All scores, and the three highest clips beside their nearest training clips."""
     from matplotlib.figure import Figure  # optional: see requirements.txt
 
-    names, scores, threshold = [row[0] for row in rows], [row[1] for row in rows], rows[0][2]
-    figure = Figure(figsize=(11, 11), layout="constrained")
+    figure = Figure(figsize=(8, 9), layout="constrained")
     grid = figure.add_gridspec(4, 2, height_ratios=[1.6, 1, 1, 1])
     top = figure.add_subplot(grid[0, :])
+    names, scores, thresholds, *_ = zip(*rows)
     places = np.linspace(0, len(rows) - 1, len(train_scores))
     top.plot(places, -np.sort(-train_scores), ".", color="silver", label="training clips")
-    labels = evaluate.labels_of(machine, names, root)
-    colours = {False: "tab:green", True: "tab:red", None: "tab:blue"}
-    colours = [colours[label] for label in (labels[0] if labels else [None] * len(rows))]
-    label = "test clips" + (" (green: normal, red: anomalous)" if labels else "")
+    colours, label = "tab:blue", "test clips"
+    with contextlib.suppress(ValueError):  # wrong labels: evaluate.py says what is wrong with them
+        if labels := evaluate.labels_of(machine, names, root):
+            colours = ["tab:red" if is_anomaly else "tab:green" for is_anomaly in labels[0]]
+            label = "test clips (green: normal, red: anomalous)"
     top.scatter(range(len(rows)), scores, s=12, c=colours, zorder=2, label=label)
-    top.axhline(threshold, color="black", linestyle="--", label=f"threshold {threshold:.3g}")
+    top.axhline(thresholds[0], color="black", linestyle="--", label="threshold")
     top.set(title=machine, xlabel="clips, the highest scores first", ylabel="anomaly score")
     top.legend()
-
     for i, (name, score, _, _, near, _, at, near_at) in enumerate(rows[:3], 1):
-        pair = [("test", name, at, f"no. {i}, score {score:.3g}"),
-                ("train", near, near_at, "its nearest training clip")]  # fmt: skip
-        for column, (split, name, seconds, what) in enumerate(pair):
-            wave = data.read_wav(Path(root) / machine / split / name)[
-                round(seconds * SAMPLE_RATE) :
-            ]
-            x = data.spectrogram(wave)[: len(wave) // HOP]  # without the padding
-            axes = figure.add_subplot(grid[i, column])
-            axes.imshow(x.T, origin="lower", aspect="auto", vmin=-1, vmax=1.2, cmap="magma")
-            axes.set_title(f"{what}, from {seconds:.1f} s\n{name}", fontsize=8, parse_math=False)
-            axes.set(xlabel="frames of 10 ms", ylabel="mel bins up to 8 kHz")
+        clip, near = Path(root, machine, "test", name), Path(root, machine, "train", near)
+        draw_clip(figure.add_subplot(grid[i, 0]), clip, at, f"no. {i}, score {score:.3g}")
+        draw_clip(figure.add_subplot(grid[i, 1]), near, near_at, "its nearest training clip")
     with data.whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=80)
+        figure.savefig(file, format="png", dpi=110)
 
 
-# The command line
+def draw_clip(axes, path: Path, seconds: float, what: str) -> None:
+    wave = data.read_wav(path)[round(seconds * SAMPLE_RATE) :]
+    x = data.spectrogram(wave)[: len(wave) // data.HOP].numpy()  # without the padding
+    axes.imshow(x.T, origin="lower", aspect="auto", vmin=-1, vmax=1.2, cmap="magma")
+    title = f"{what}, from {seconds:.1f} s\n{path.name}"
+    axes.set_title(title, fontsize=8, parse_math=False)
+    axes.set(xlabel="frames of 10 ms", ylabel="mel bins up to 8 kHz")
 
 
 def make_parser() -> argparse.ArgumentParser:
     about = "Score test clips by their distance to normal training clips."
     parser = argparse.ArgumentParser(description=about)
-    add = parser.add_argument_group("what is scored").add_argument
+    add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    folder = "the run folder, read and written (runs/<names>, runs/pretrained-<names>)"
-    add("--run", metavar="DIR", help=folder)
-    clips = "holds <machine>/{train,test}/*.wav (the run's, or data)"
-    add("--data", metavar="DIR", help=clips)
+    add("--run", metavar="DIR", help="read and written (runs/<names>, runs/pretrained-<names>)")
+    add("--data", metavar="DIR", help="holds <machine>/{train,test}/*.wav (the run's, or data)")
     add("--weights", metavar="FILE", help=f"of the AST (the run's, or {backbone.WEIGHTS})")
     add("--pretrained", action="store_true", help="the AST as it is: no training")
-    pooled = "with --pretrained: mean of the class tokens or of the patches (cls) [our choice]"
-    add("--pooling", choices=["cls", "mean"], help=pooled)
-
-    add = parser.add_argument_group("back-end").add_argument
+    what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
+    add("--pooling", choices=["cls", "mean"], help=what)
     add("--k", type=int, default=1, help="neighbours to average (%(default)s) [same lab]")
-    ways = "make distances comparable: see normalised() (%(default)s) [same lab]"
-    add("--normalize", default="none", choices=["none", "test", "density"], help=ways)
-    share = "percentile of the training clips' scores that is the threshold (90) [our choice]"
-    add("--percentile", type=float, default=90.0, metavar="P", help=share)
-
-    add = parser.add_argument_group("how").add_argument
+    what = "make distances comparable: see normalised() in score.py (%(default)s) [same lab]"
+    add("--normalize", default="none", choices=["none", "test", "density"], help=what)
+    what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
+    add("--percentile", type=float, default=90.0, metavar="P", help=what)
     training.add_hardware(add)
     add("--batch-size", type=int, default=32, help="windows at once (%(default)s)")
     add("--plot", action="store_true", help="draw <machine>.png; needs matplotlib")
@@ -392,9 +374,8 @@ def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder,
         raise ValueError("--pooling goes with --pretrained; a trained run has its own")
     model, trained = training.load_run(args.run, args.weights)
     args.data = args.data or trained.data
-    if others := set(machines) - set(data.machine_names(trained.machine)):
-        only = f"{args.run} was trained on {' '.join(trained.machine)}"
-        raise ValueError(f"{only}, not on {' '.join(others)}")
+    if not set(machines) <= set(data.machine_names(trained.machine)):
+        raise ValueError(f"{args.run} was trained on no other than {' '.join(trained.machine)}")
     merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
     digest = data.file_digest(args.run / "adapter.pt")
     return model.to(args.device), f"adapter-{trained.precision} {digest}"
@@ -411,8 +392,8 @@ def main(argv: list[str] | None = None) -> None:
         for machine in machines:
             data.fetch(machine, args.data)
             score_machine(machine, model, model_id, args)
-        names = " ".join(args.machine)
-        print(f"wrote {args.run}; next: python evaluate.py --machine {names} --run {args.run}")
+    names = " ".join(args.machine)
+    print(f"wrote {args.run}; next: python evaluate.py --machine {names} --run {args.run}")
 
 
 if __name__ == "__main__":

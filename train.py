@@ -59,7 +59,7 @@ class ArcFace(nn.Module):
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
 
         # Beyond θ = π - m, cos(θ + m) would rise again and reward the worst clips. There the
-        # authors' code (insightface, easy_margin off) goes on along a straight line in cos θ.
+        # authors' code (insightface, easy_margin off) has a straight line in cos θ instead.
         line = cos_y - self.margin * math.sin(self.margin)
         with_margin = torch.where(cos_y > -math.cos(self.margin), with_margin, line)
         return self.scale * cos.scatter(1, labels[:, None], with_margin)
@@ -90,7 +90,7 @@ def train_step(
 ) -> float:
     """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,) -> the mean loss.
 
-    micro_batch of them go through the network at once (None: all), with the same result.
+    micro_batch of them go through the network at once (None: all); the result differs by rounding.
     ValueError: the loss is not finite; the weights are then as they were.
     """
     size = micro_batch or len(x)
@@ -169,8 +169,9 @@ def train(args: argparse.Namespace) -> None:
             lr = schedule.get_last_lr()[0]  # of this step
             schedule.step()
 
-        log.append((epoch, epoch * len(batches), lr, sum_of_losses / len(clips)))
-        print(f"epoch {epoch}: loss {log[-1][-1]:.4f}")
+        mean_loss = sum_of_losses / len(clips)
+        log.append((epoch, epoch * len(batches), lr, mean_loss))
+        print(f"epoch {epoch}: loss {mean_loss:.4f}")
         states = {name: part.state_dict() for name, part in parts.items()}
         save_epoch(run, record, {"model": trained_state(model), **states, "log": log})
 
@@ -180,20 +181,33 @@ def train(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The settings, and in brackets who chose their defaults. The paper is arXiv 2409.07016.
+    """The settings, and in brackets who chose their defaults.
 
-    [abstract]  its abstract says so       [same lab]    the DCASE2025 report of its first author
-    [reported]  others report it of it     [AST's own]   as the AST's authors trained it
+    [abstract]  that of the paper, arXiv 2409.07016    [reported]   others say so of the paper
+    [same lab]  a later report of its first author     [AST's own]  as the AST's authors trained it
     [ASDKit]    an independent recipe, TakuyaFujimura/dcase-asd-toolkit
     """
-    about = "Train on normal sounds; the same command again continues. README.md: [who chose it]."
+    about = (
+        "Train on normal sounds; the same command again continues. [Who chose it]: see README.md"
+    )
     parser = argparse.ArgumentParser(description=about)
+    add = parser.add_argument_group("what, where and how").add_argument
+    what = "names, or dev, eval, all: one joint model"
+    add("--machine", nargs="+", required=True, metavar="NAME", help=what)
+    add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
+    add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
+    add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
+    add_hardware(add)
+    what = "clips that go through the network at once (all of a step): less memory"
+    add("--micro-batch", type=int, metavar="N", help=what)
+    add("--compile", action="store_true", help="torch.compile the model")
+
     add = parser.add_argument_group("LoRA").add_argument
     what = "what of the AST is trained: adapters, all, nothing (%(default)s) [abstract]"
     add("--tuning", default="lora", choices=["lora", "full", "frozen"], help=what)
     add("--rank", type=int, default=64, help="r (%(default)s) [reported]")
     add("--alpha", type=float, help="scales the update by alpha/rank (the rank) [our choice]")
-    add("--dropout", type=float, default=0.0, help="on its input (%(default)s) [ASDKit]")
+    add("--dropout", type=float, default=0.0, help="on LoRA's input (%(default)s) [ASDKit]")
     what = "linear layers that get it, of q k v proj fc1 fc2 (q v) [ASDKit]"
     add("--targets", nargs="+", default=["q", "v"], metavar="NAME", help=what)
     what = "blocks that get it, such as 8 9 10 11 (all) [reported]"
@@ -213,8 +227,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--freq-mask", type=int, default=80, help="widest, in mel bins (%(default)s) [same lab]")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, default=1e-4, help="of all but the next (%(default)s) [ASDKit]")
-    what = "of the AST's own weights under --tuning full (%(default)s) [AST's own]"
+    add(
+        "--lr", type=float, default=1e-4, help="of all that starts at random (%(default)s) [ASDKit]"
+    )
+    what = "of the AST's own weights, if tuned (%(default)s) [AST's own]"
     add("--ast-lr", type=float, default=1e-5, help=what)
     what = "steps in which the rates rise, at most a tenth of all (%(default)s) [same lab]"
     add("--warmup", type=int, default=360, help=what)
@@ -222,17 +238,6 @@ def make_parser() -> argparse.ArgumentParser:
     add("--epochs", type=int, default=25, help="passes over all clips (%(default)s) [ASDKit]")
     add("--batch-size", type=int, default=32, help="clips in a step (%(default)s) [same lab]")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s) [our choice]")
-
-    add = parser.add_argument_group("what, where and how").add_argument
-    what = "names, or dev, eval, all: one joint model"
-    add("--machine", nargs="+", required=True, metavar="NAME", help=what)
-    add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
-    add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
-    add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
-    add_hardware(add)
-    what = "clips that go through the network at once (all of a step): less memory, same result"
-    add("--micro-batch", type=int, metavar="N", help=what)
-    add("--compile", action="store_true", help="torch.compile the model")
     return parser
 
 
@@ -279,7 +284,7 @@ def make_record(args: argparse.Namespace, clips: list[data.Clip], classes: list[
         "clips": Counter(clip.machine for clip in clips),
         "weights_sha256": data.file_digest(args.weights),
         "versions": {m.__name__: m.__version__ for m in (torch, torchaudio, np, sklearn)},
-        "hardware": torch.cuda.get_device_name() if on_gpu else platform.machine(),
+        "hardware": torch.cuda.get_device_name(args.device) if on_gpu else platform.machine(),
     }
 
 
@@ -304,7 +309,7 @@ def load_checkpoint(run: Path, record: dict) -> dict | None:
 def save_epoch(run: Path, record: dict, state: dict) -> None:
     """args.json, last.pt, log.csv; what was made of an earlier epoch is removed first."""
     run.mkdir(parents=True, exist_ok=True)
-    made = "adapter.pt anomaly_score_*.csv decision_result_*.csv report_*.csv metrics.csv"
+    made = "adapter.pt anomaly_score_* decision_result_* report_* scoring_* metrics.csv"
     for pattern in made.split():
         for path in run.glob(pattern):
             path.unlink()
@@ -347,9 +352,6 @@ def load_run(run: str | Path, weights: str | None = None) -> tuple[Embedder, arg
     model = make_model(args)
     load_trained_state(model, load(run / "adapter.pt"))
     return model, args
-
-
-# The command line
 
 
 def add_hardware(add) -> None:

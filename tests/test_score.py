@@ -77,7 +77,7 @@ def test_the_k_nearest_are_averaged():
     assert nearest(found, 2) == pytest.approx([0.2])
     assert nearest(found, 3) == pytest.approx([0.3])
     for k in (0, 4):
-        with pytest.raises(ValueError, match=f"too few training clips for a distance to {k}"):
+        with pytest.raises(ValueError, match=f"a distance to {k} windows"):
             nearest(found, k)
 
 
@@ -397,7 +397,7 @@ def test_what_is_judged_is_said(small, capsys):
     Path("data/pump/test/M1").mkdir()
     Path("data/pump/train/.hidden").touch()
     scored("--pretrained", machine="pump")
-    said = "pump: 2 test clips (not read: folder M1, a.flac) (1 copies of train clips) against"
+    said = "pump: 2 test clips (not read: M1, a.flac) (1 copies of train clips) against"
     assert f"{said} 9 train clips (3 copies)\n" in capsys.readouterr().out
     found = report_of("runs/pretrained-pump")
     assert float(found["old.wav"]["score"]) == pytest.approx(0, abs=1e-6)
@@ -545,7 +545,7 @@ def test_one_joint_run_scores_each_of_its_machines_and_no_other(small, capsys):
     assert Path("runs/joint/report_valve.csv").exists()
     assert not Path("runs/joint/report_fan.csv").exists()
     message = error_of(score.main, ["--machine", "pump", "--run", "runs/joint"], capsys)
-    assert "runs/joint was trained on fan valve, not on pump" in message
+    assert "runs/joint was trained on no other than fan valve" in message
 
 
 @pytest.mark.parametrize("pooling", ["cls", "mean"])
