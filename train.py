@@ -124,7 +124,7 @@ def train(args: argparse.Namespace) -> None:
     classes = sorted(set(class_of_clip))
     print(f"{len(clips):,} clips of {len(classes)} classes")
     if len(classes) < 2:
-        raise ValueError(ONE_CLASS)
+        raise ValueError("one class: train jointly with other machines, or score.py --pretrained")
     device = torch.device(args.device)
     labels = torch.tensor([classes.index(name) for name in class_of_clip], device=device)
 
@@ -141,11 +141,11 @@ def train(args: argparse.Namespace) -> None:
 
     # A run that was interrupted continues after its last whole epoch.
     run, record = Path(args.run), make_record(args, clips, classes)
-    parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
+    resumed = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
     log = []  # a row for each finished epoch
     if saved := load_checkpoint(run, record):
         load_trained_state(model, saved["model"])
-        for name, part in parts.items():
+        for name, part in resumed.items():
             part.load_state_dict(saved[name])
         log = saved["log"]
         print(f"continuing after epoch {len(log)}")
@@ -156,10 +156,11 @@ def train(args: argparse.Namespace) -> None:
     augment = SpecAug(args.time_mask, args.freq_mask)
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(1_000_000 * args.seed + epoch)
-        u, order = torch.rand(len(clips)), torch.randperm(len(clips))
-        windows = RandomWindows(clips, u)
-        options = {"batch_size": args.batch_size, "sampler": order.tolist()}
-        batches = make_loader(windows, args.workers, device, **options)
+        windows = RandomWindows(clips, u=torch.rand(len(clips)))
+        order = torch.randperm(len(clips)).tolist()
+        batches = make_loader(
+            windows, args.workers, device, batch_size=args.batch_size, sampler=order
+        )
         sum_of_losses = 0.0
         for x, index in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
             x = augment(x.to(device, non_blocking=True))  # (B, 1024, 128)
@@ -172,7 +173,7 @@ def train(args: argparse.Namespace) -> None:
         mean_loss = sum_of_losses / len(clips)
         log.append((epoch, epoch * len(batches), lr, mean_loss))
         print(f"epoch {epoch}: loss {mean_loss:.4f}")
-        states = {name: part.state_dict() for name, part in parts.items()}
+        states = {name: part.state_dict() for name, part in resumed.items()}
         save_epoch(run, record, {"model": trained_state(model), **states, "log": log})
 
     save(run / "adapter.pt", trained_state(model))
@@ -251,11 +252,6 @@ import numpy as np
 import sklearn
 import torchaudio
 from torch.utils.data import DataLoader, Dataset
-
-ONE_CLASS = (
-    "one class has nothing to be told apart from; train jointly with other machines "
-    "(--machine pump fan valve), or do not train: score.py --pretrained"
-)
 
 
 def make_loader(dataset: Dataset, workers: int | None, device: torch.device, **options):

@@ -272,11 +272,6 @@ def test_windows_cover_a_long_clip_evenly(n_samples):
         assert max(np.diff(starts)) <= 1024 * 160 and np.ptp(np.diff(starts)) <= 160
 
 
-def test_12_seconds_are_two_windows():
-    assert data.WINDOW == 164080 and window_starts(192000) == [0, 174 * 160]
-    assert window_starts(164080) == [0] and window_starts(164240) == [0, 160]
-
-
 def clip_of(folder: Path, n_samples: int, rate: int = 16000) -> data.Clip:
     path = folder / "pump" / "train" / f"{n_samples}.wav"
     return parse_clip(write_wav(path, noise(n_samples), rate))
