@@ -327,8 +327,12 @@ def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(small, capsys):
     Path("runs/fan/anomaly_score_fan_section_00_test.csv").touch()
     assert results(run()) == before
     assert Path("runs/fan/anomaly_score_fan_section_00_test.csv").exists()
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last == "runs/fan is trained; next: python score.py --machine fan --run runs/fan"
+    out = capsys.readouterr().out
+    assert "98,688 of 222,400 parameters are trained, in 4 steps" in out
+    assert (
+        out.splitlines()[-1]
+        == "runs/fan is trained; next: python score.py --machine fan --run runs/fan"
+    )
 
 
 @pytest.mark.parametrize("finished", [True, False])
