@@ -120,6 +120,7 @@ def test_every_sample_format_rate_and_channel_count(dtype, offset, scale, channe
 
 
 @needs_real
+@pytest.mark.filterwarnings("error::scipy.io.wavfile.WavFileWarning")
 def test_awkward_files_decode_as_libsndfile_decodes_them_or_are_refused(monkeypatch):
     """manifest.tsv has libsndfile's verdict. Two files that it reads are refused here, as they are
     shorter than their header says, and two with float samples up to 16411.
