@@ -6,7 +6,7 @@ fan/test/section_00_target_test_anomaly_0022_m-n_W.wav:
     machine     a type of machine (fan); here a folder that holds the folders train and test
     section     a subset of its clips; in 2023 each machine has one, 00
     domain      source, the usual conditions, has 990 training clips of a machine; target, changed
-                conditions, has 10. Test clips come from both, and a score may not use from which.
+                conditions, has 10. Test clips come from both, and a score may not use which one.
     attributes  how it ran and was recorded (m-n_W): its speed, its load, the microphone, ...
     dev, eval   7 machines whose test clips tell by name whether they are normal, and 7 others,
                 whose test clips are only numbered
@@ -164,8 +164,8 @@ class RandomWindows(Dataset):
 
 
 class AllWindows(Dataset):
-    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), where they start, and what
-    may tell the clip from the others: seconds, dB (0 is full scale), and the file's Hz.
+    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), where they start, and how
+    it was recorded: seconds, level in dB (0 is full scale), and the file's Hz.
     """
 
     def __init__(self, clips: list[Clip]):

@@ -73,8 +73,8 @@ def add_lora(
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   indices into model.blocks, None for all
 
-    ValueError: a layer that does not exist, a target that names no linear layer (or one that has
-    LoRA already), or what LoRALinear refuses.
+    ValueError: a layer that does not exist, a target that names no plain linear layer in them, or
+    what LoRALinear refuses.
     """
     depth, found = len(model.blocks), set()
     for index in range(depth) if layers is None else sorted(set(layers)):

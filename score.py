@@ -123,7 +123,7 @@ class Windows(NamedTuple):
 
 def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
     """The whole way of a machine, from its clips to its files."""
-    train_clips, test_clips = clips_to_judge(machine, args)
+    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum}
     found = embedded(machine, train_clips | test_clips, model, model_id, args)
     train, test = all_windows(found, train_clips), all_windows(found, test_clips)
 
@@ -133,8 +133,8 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
     )
     worst = most_anomalous(scores, test.clip)  # a window of each test clip
     clip_scores = scores[worst]
-    train_scores = train_scores[most_anomalous(train_scores, train.clip)]
-    alarms, threshold = decide(clip_scores, train_scores, args.percentile)
+    train_clip_scores = train_scores[most_anomalous(train_scores, train.clip)]
+    alarms, threshold = decide(clip_scores, train_clip_scores, args.percentile)
 
     d = distances(test.e[worst], train.e)
     near = d.argmin(axis=1)  # a training window for each test clip, by plain distance
@@ -149,7 +149,7 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
         "at_seconds": test.start[worst] / SAMPLE_RATE,
         "nearest_at_seconds": train.start[near] / SAMPLE_RATE,
     }
-    write_results(machine, report, train_scores, model_id, args)
+    write_results(machine, report, train_clip_scores, model_id, args)
 
 
 def normalised(

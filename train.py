@@ -9,8 +9,7 @@ For a clip of class y, with the embedding e and a centre w_j for each class, all
     loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])            ArcFace
 
 By default the LoRA matrices, the head and the class centres are trained; the pre-trained weights
-of the AST stay as they are. There is no validation set: without anomalies nothing could be chosen
-by it.
+of the AST stay as they are. There is no validation set: without anomalies it could choose nothing.
 
     python train.py --machine fan            # or several, or dev, eval, all: one joint model
 
@@ -141,11 +140,11 @@ def train(args: argparse.Namespace) -> None:
 
     # A run that was interrupted continues after its last whole epoch.
     run, record = Path(args.run), make_record(args, clips, classes)
-    resumed = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
+    stateful = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
     log = []  # a row for each finished epoch
     if saved := load_checkpoint(run, record):
         load_trained_state(model, saved["model"])
-        for name, part in resumed.items():
+        for name, part in stateful.items():
             part.load_state_dict(saved[name])
         log = saved["log"]
         print(f"continuing after epoch {len(log)}")
@@ -173,7 +172,7 @@ def train(args: argparse.Namespace) -> None:
         mean_loss = sum_of_losses / len(clips)
         log.append((epoch, epoch * len(batches), lr, mean_loss))
         print(f"epoch {epoch}: loss {mean_loss:.4f}")
-        states = {name: part.state_dict() for name, part in resumed.items()}
+        states = {name: part.state_dict() for name, part in stateful.items()}
         save_epoch(run, record, {"model": trained_state(model), **states, "log": log})
 
     save(run / "adapter.pt", trained_state(model))
@@ -229,7 +228,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimizer").add_argument
     add(
-        "--lr", type=float, default=1e-4, help="of all that starts at random (%(default)s) [ASDKit]"
+        "--lr", type=float, default=1e-4, help="of LoRA, head, class centres (%(default)s) [ASDKit]"
     )
     what = "of the AST's own weights, if tuned (%(default)s) [AST's own]"
     add("--ast-lr", type=float, default=1e-5, help=what)
