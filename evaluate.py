@@ -106,8 +106,9 @@ def read_csv(path: Path, number: str = r"[-+]?\d[\d.]*(?:e[-+]?\d+)?") -> dict[s
             if name in values:
                 raise ValueError(f"{path}, line {i}: {name} stands there twice")
             values[name] = float(match[2])
-        elif i > 1 and line.strip(" \t,;"):  # the first may be a header, others blank
-            raise ValueError(f"{path}, line {i}: {line!r}; a right one is name.wav,1 or name.wav,0")
+        elif line.strip(" \t,;") and (i > 1 or ".wav" in line.lower()):  # not blank, no header
+            right = "a right one is name.wav,1 or name.wav,0"
+            raise ValueError(f"{path}, line {i}: {line!r}; {right}")
     return values
 
 
@@ -165,7 +166,7 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decisions)
 
     which = "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
-    which = which if names[0].startswith("section_") else "own"
+    which = which if all(re.match(r"section_\d\d_", name) for name in names) else "own"
     seed = read_json(run / "args.json").get("args", {}).get("seed", "")
     row = {"run": str(run), "seed": seed, "machine": machine, "set": which}
     row["scored_with"] = how.get("scored_with", "not known")
@@ -203,11 +204,18 @@ def official(which: str, trials: list[list[dict]]) -> str:
     return f"**{percent([official_score(rows) for rows in trials])}** (n = {len(trials)}){note}"
 
 
+def scored_with(rows: list[dict]) -> str:
+    return " / ".join(dict.fromkeys(row["scored_with"] for row in rows))
+
+
 def table(trials: list[list[dict]]) -> str:
     """Markdown: the machines in columns, over the trials of one setting."""
     rows = trials[0]
-    how = " / ".join(dict.fromkeys(row["scored_with"] for row in rows))
-    lines = [f"### {how}", "", f"| % | {' | '.join(row['machine'] for row in rows)} |"]
+    lines = [
+        f"### {scored_with(rows)}",
+        "",
+        f"| % | {' | '.join(row['machine'] for row in rows)} |",
+    ]
     lines += ["| --- |" + " ---: |" * len(rows)]
     for key, title in (NUMBERS | {"harmonic_mean": "harmonic mean"}).items():
         cells = [percent([trial[i][key] for trial in trials]) for i in range(len(rows))]
@@ -230,8 +238,7 @@ def ablation(settings: list[list[list[dict]]]) -> str:
     for trials in settings:
         name = re.sub(r"[-_]?seed\d+$", "", trials[0][0]["run"])
         cells = [official(which, trials) for which in sets]
-        how = " / ".join(dict.fromkeys(row["scored_with"] for row in trials[0]))
-        lines.append(f"| {name} | {' | '.join(cells)} | {how} |")
+        lines.append(f"| {name} | {' | '.join(cells)} | {scored_with(trials[0])} |")
     return "\n".join(lines)
 
 

@@ -57,7 +57,7 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | No
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
-    return (1 - x @ y.T).clip(min=0)  # rounding may go below 0
+    return (1 + x @ -y.T).clip(min=0)  # rounding may go below 0
 
 
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
@@ -236,13 +236,13 @@ def embedded(machine: str, clips: dict, model: Embedder, model_id: str, args) ->
     new = {key: clip for clip, key in keys.items() if key not in kept}
     if new:
         training.save(file, kept)  # a folder that cannot be written to is noticed now
-        saved = time.monotonic()
+        new_keys, saved = list(new), time.monotonic()
         windows = embed(model, list(new.values()), args.batch_size, args.workers)
-        by_clip = groupby(windows, itemgetter(0))
         try:
-            for (index, starts, sound), rows in tqdm(by_clip, machine, len(new), disable=None):
+            by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
+            for (index, starts, sound), rows in by_clip:
                 e = torch.from_numpy(np.stack([row for _, row in rows]))
-                kept[list(new)[index]] = (e, starts, sound)
+                kept[new_keys[index]] = (e, starts, sound)
                 if time.monotonic() - saved > SAVE_EVERY:
                     training.save(file, kept)
                     saved = time.monotonic()

@@ -59,9 +59,10 @@ def small_machines(*names: str, n_train: int = 7, n_test: int = 1) -> None:
     write_ast("ast.safetensors", backbone.AST(dim=64, depth=2, heads=1))
 
 
-def lively(ast: backbone.AST) -> backbone.AST:
+def lively_ast() -> backbone.AST:
     """Its tokens differ and attend: at a ViT's initial 0.02 gradients are all but noise."""
     torch.manual_seed(1)
+    ast = backbone.AST(dim=64, depth=2, heads=1)
     for name, parameter in ast.named_parameters():
         if "norm" not in name:
             torch.nn.init.normal_(parameter, std=0.1)
@@ -87,14 +88,18 @@ HUB_NAMES = {
 }
 
 
-def write_ast(path: str | Path, ast: backbone.AST) -> None:
+def hub_state(ast: backbone.AST) -> dict[str, torch.Tensor]:
     """As the hub publishes it, with a classifier."""
     tensors = {"classifier.dense.weight": torch.zeros(5, 64)}
     for name, tensor in ast.state_dict().items():
         for ours, theirs in HUB_NAMES.items():
             name = re.sub(ours, theirs, name)
         tensors[f"audio_spectrogram_transformer.{name}"] = tensor
-    write_safetensors(path, tensors)
+    return tensors
+
+
+def write_ast(path: str | Path, ast: backbone.AST) -> None:
+    write_safetensors(path, hub_state(ast))
 
 
 def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> None:

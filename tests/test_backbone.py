@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -10,12 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
-    HUB_NAMES,
     REAL,
     ROOT,
     assert_equal_within,
     error_of,
-    lively,
+    hub_state,
+    lively_ast,
     needs_real,
     write_ast,
     write_safetensors,
@@ -222,7 +221,7 @@ def public_logits(weights: Path, x: torch.Tensor) -> torch.Tensor:
 
 @pytest.fixture
 def ast():
-    return lively(AST(dim=64, depth=2, heads=1))
+    return lively_ast()
 
 
 def test_the_hubs_file_gives_the_same_weights(ast, tmp_path):
@@ -234,23 +233,20 @@ def test_the_hubs_file_gives_the_same_weights(ast, tmp_path):
     assert loaded.blocks[0].attn.heads == 1
 
 
-def hub_state(ast: AST) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, tensor in ast.state_dict().items():
-        for ours, theirs in HUB_NAMES.items():
-            name = re.sub(ours, theirs, name)
-        state[name] = tensor
-    return state
+HUB = "audio_spectrogram_transformer."
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"layernorm.bias": torch.zeros(5)}, "size mismatch for norm.bias"),
-        ({"embeddings.position_embeddings": torch.zeros(1, 198, 64)}, "mismatch for pos_embed"),
-        ({"embeddings.cls_token": None}, "Missing key.*cls_token"),
-        ({"layernorm.weight": None}, "norm.weight"),
-        ({"decoder.weight": torch.zeros(5)}, "Unexpected key.*decoder"),
+        ({HUB + "layernorm.bias": torch.zeros(5)}, "size mismatch for norm.bias"),
+        (
+            {HUB + "embeddings.position_embeddings": torch.zeros(1, 198, 64)},
+            "mismatch for pos_embed",
+        ),
+        ({HUB + "embeddings.cls_token": None}, "Missing key.*cls_token"),
+        ({HUB + "layernorm.weight": None}, "norm.weight"),
+        ({HUB + "decoder.weight": torch.zeros(5)}, "Unexpected key.*decoder"),
     ],
 )
 def test_another_model_is_refused_in_one_line(ast, tmp_path, change, message):

@@ -202,6 +202,7 @@ def test_labels_are_read_as_a_spreadsheet_saves_them(tmp_path, text):
     ("text", "message"),
     [
         ("a 1.wav,1\na 2.wav,normal\n", r"labels\.csv, line 2: 'a 2.wav,normal'; a right one is"),
+        ("a 1.wav,yes\n", r"labels\.csv, line 1: 'a 1.wav,yes'"),
         ("a 1.wav,1\na 2.wav,2\n", r"labels\.csv, line 2: 'a 2.wav,2'"),
         ("a 1.wav,1\na 2.wav\n", r"labels\.csv, line 2: 'a 2.wav'"),
         ("a 1.wav,1\na 1.wav,0\n", r"labels\.csv, line 2: a 1.wav stands there twice"),
@@ -237,7 +238,7 @@ def test_ones_own_machine_needs_only_a_labels_file(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([("b.wav", 1), ("a.wav", "nan")], "line 2: 'a.wav,nan'"),
+        ([("a.wav", "nan"), ("b.wav", 1)], "line 1: 'a.wav,nan'"),
         ([("a.wav", 1), ("a.wav", 2)], "line 2: a.wav stands there twice"),
         ([("a.wav", 1), ("b.wav", "x")], "line 2: 'b.wav,x'"),
     ],

@@ -22,7 +22,7 @@ from conftest import (
     embed_all,
     error_of,
     in_a_process,
-    lively,
+    lively_ast,
     needs_cuda,
     rows_of,
     small_machines,
@@ -150,7 +150,7 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch
     noise, of which Adam makes whole steps.
     """
     monkeypatch.chdir(tmp_path)
-    waves, ast = noisy_clips(Path("data/fan/train")), lively(backbone.AST(64, 2, 1))
+    waves, ast = noisy_clips(Path("data/fan/train")), lively_ast()
     write_ast("ast.safetensors", ast)
     public = ast.state_dict()
     numbers = {
