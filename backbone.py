@@ -270,16 +270,15 @@ def fetch_weights(path: str | Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
     parser = argparse.ArgumentParser(description=about)
-    help_ = "where they are (%(default)s, fetched if missing)"
-    parser.add_argument("--weights", default=WEIGHTS, metavar="FILE", help=help_)
+    parser.add_argument("--weights", default=WEIGHTS, metavar="FILE", help="the file (%(default)s)")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         fetch_weights(args.weights)
         ast = load_ast(args.weights)
         print(f"{args.weights}: SHA-256 {data.file_digest(args.weights)}")
     tokens, dim = ast.pos_embed.shape[1:]
-    print(f"AST: {len(ast.blocks)} blocks, {dim} dimensions, {tokens} tokens")
-    print(f"parameters: {sum(parameter.numel() for parameter in ast.parameters()):,}")
+    sizes = f"{len(ast.blocks)} blocks, {dim} dimensions, {tokens} tokens"
+    print(f"{sizes}, {sum(p.numel() for p in ast.parameters()):,} parameters")
 
 
 if __name__ == "__main__":

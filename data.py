@@ -390,9 +390,7 @@ def main(argv: list[str] | None = None) -> None:
     with one_line_errors():
         for machine in machine_names(args.machine):
             fetch(machine, args.data)
-            train, test = (
-                len(list_clips(args.data, machine, split)) for split in ("train", "test")
-            )
+            train, test = (len(list_clips(args.data, machine, s)) for s in ("train", "test"))
             print(f"{args.data}/{machine}: {train} training clips, {test} test clips")
 
 

@@ -18,7 +18,6 @@ import argparse
 from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -113,30 +112,22 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
     return scores > threshold, threshold
 
 
-class Windows(NamedTuple):
-    """All windows of some clips, in the order of the clips."""
-
-    e: np.ndarray  # (m, D) embeddings of unit length
-    clip: np.ndarray  # (m,) the index of the clip that each is from
-    start: np.ndarray  # (m,) the first sample of each
-
-
 def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
     """The whole way of a machine, from its clips to its files."""
     train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum}
     found = embedded(machine, train_clips | test_clips, model, model_id, args)
-    train, test = all_windows(found, train_clips), all_windows(found, test_clips)
+    # For each window: its embedding, the index of its clip, its first sample.
+    train, train_clip, train_start = all_windows(found, train_clips)
+    test, test_clip, test_start = all_windows(found, test_clips)
 
-    domain = np.array([clip.domain for clip in train_clips], object)[train.clip]
-    scores, train_scores = anomaly_scores(
-        test.e, train.e, train.clip, domain, args.k, args.normalize
-    )
-    worst = most_anomalous(scores, test.clip)  # a window of each test clip
+    domain = np.array([clip.domain for clip in train_clips], object)[train_clip]
+    scores, train_scores = anomaly_scores(test, train, train_clip, domain, args.k, args.normalize)
+    worst = most_anomalous(scores, test_clip)  # a window of each test clip
     clip_scores = scores[worst]
-    train_clip_scores = train_scores[most_anomalous(train_scores, train.clip)]
+    train_clip_scores = train_scores[most_anomalous(train_scores, train_clip)]
     alarms, threshold = decide(clip_scores, train_clip_scores, args.percentile)
 
-    d = distances(test.e[worst], train.e)
+    d = distances(test[worst], train)
     near = d.argmin(axis=1)  # a training window for each test clip, by plain distance
     train_names = np.array([clip.path.name for clip in train_clips])
     report = {
@@ -144,10 +135,10 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
         "score": clip_scores,
         "threshold": np.full(len(worst), threshold),
         "alarm": alarms.astype(int),
-        "nearest_training_clip": train_names[train.clip[near]],
+        "nearest_training_clip": train_names[train_clip[near]],
         "distance": d.min(axis=1),
-        "at_seconds": test.start[worst] / SAMPLE_RATE,
-        "nearest_at_seconds": train.start[near] / SAMPLE_RATE,
+        "at_seconds": test_start[worst] / SAMPLE_RATE,
+        "nearest_at_seconds": train_start[near] / SAMPLE_RATE,
     }
     write_results(machine, report, train_clip_scores, model_id, args)
 
@@ -187,7 +178,6 @@ def normalised(
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-import contextlib
 import json
 import time
 
@@ -268,11 +258,10 @@ def say_what_is_unlike(machine: str, found: dict) -> None:
             print(f"note: {machine}: {what}: {evaluate.first_ten(named)}")
 
 
-def all_windows(found: dict, clips: dict) -> Windows:
-    starts = [found[clip][1] for clip in clips]
+def all_windows(found: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    e, starts, _ = zip(*(found[clip] for clip in clips))
     clip_of_each = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
-    e = np.concatenate([found[clip][0].numpy() for clip in clips])
-    return Windows(e, clip_of_each, np.concatenate(starts))
+    return np.concatenate(e), clip_of_each, np.concatenate(starts)
 
 
 def write_results(
@@ -311,10 +300,9 @@ def plot(path: Path, machine: str, rows: list[tuple], train_scores: np.ndarray, 
     places = np.linspace(0, len(rows) - 1, len(train_scores))
     top.plot(places, -np.sort(-train_scores), ".", color="silver", label="training clips")
     colours, label = "tab:blue", "test clips"
-    with contextlib.suppress(ValueError):  # wrong labels: evaluate.py says what is wrong with them
-        if labels := evaluate.labels_of(machine, names, root):
-            colours = ["tab:red" if is_anomaly else "tab:green" for is_anomaly in labels[0]]
-            label = "test clips (green: normal, red: anomalous)"
+    if labels := evaluate.labels_of(machine, names, root):
+        colours = ["tab:red" if is_anomaly else "tab:green" for is_anomaly in labels[0]]
+        label = "test clips (green: normal, red: anomalous)"
     top.scatter(range(len(rows)), scores, s=12, c=colours, zorder=2, label=label)
     top.axhline(thresholds[0], color="black", linestyle="--", label="threshold")
     top.set(title=machine, xlabel="clips, the highest scores first", ylabel="anomaly score")

@@ -187,9 +187,7 @@ def make_parser() -> argparse.ArgumentParser:
     [same lab]  a later report of its first author     [AST's own]  as the AST's authors trained it
     [ASDKit]    an independent recipe, TakuyaFujimura/dcase-asd-toolkit
     """
-    about = (
-        "Train on normal sounds; the same command again continues. [Who chose it]: see README.md"
-    )
+    about = "Train on normal sounds; the same command again continues. [Who chose it]: README.md"
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
     what = "names, or dev, eval, all: one joint model"
@@ -198,20 +196,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
     add_hardware(add)
-    what = "clips that go through the network at once (all of a step): less memory"
-    add("--micro-batch", type=int, metavar="N", help=what)
+    add("--micro-batch", type=int, metavar="N", help="clips in the network at once (a whole batch)")
     add("--compile", action="store_true", help="torch.compile the model")
 
     add = parser.add_argument_group("LoRA").add_argument
-    what = "what of the AST is trained: adapters, all, nothing (%(default)s) [abstract]"
+    what = "train adapters, all of the AST, none of it (%(default)s) [abstract]"
     add("--tuning", default="lora", choices=["lora", "full", "frozen"], help=what)
     add("--rank", type=int, default=64, help="r (%(default)s) [reported]")
     add("--alpha", type=float, help="scales the update by alpha/rank (the rank) [our choice]")
     add("--dropout", type=float, default=0.0, help="on LoRA's input (%(default)s) [ASDKit]")
-    what = "linear layers that get it, of q k v proj fc1 fc2 (q v) [ASDKit]"
-    add("--targets", nargs="+", default=["q", "v"], metavar="NAME", help=what)
-    what = "blocks that get it, such as 8 9 10 11 (all) [reported]"
-    add("--layers", nargs="+", type=int, metavar="N", help=what)
+    add("--targets", nargs="+", default=["q", "v"], help="of q k v proj fc1 fc2 (q v) [ASDKit]")
+    add("--layers", nargs="+", type=int, help="blocks, such as 8 9 10 11 (all) [reported]")
 
     add = parser.add_argument_group("head").add_argument
     what = "attentive statistics or mean of the patches, or class tokens (%(default)s) [same lab]"
@@ -227,13 +222,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--freq-mask", type=int, default=80, help="widest, in mel bins (%(default)s) [same lab]")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add(
-        "--lr", type=float, default=1e-4, help="of LoRA, head, class centres (%(default)s) [ASDKit]"
-    )
-    what = "of the AST's own weights, if tuned (%(default)s) [AST's own]"
-    add("--ast-lr", type=float, default=1e-5, help=what)
-    what = "steps in which the rates rise, at most a tenth of all (%(default)s) [same lab]"
-    add("--warmup", type=int, default=360, help=what)
+    add("--lr", type=float, default=1e-4, help="learning rate (%(default)s) [ASDKit]")
+    add("--ast-lr", type=float, default=1e-5, help="of a full AST (%(default)s) [AST's own]")
+    add("--warmup", type=int, default=360, help="steps, a tenth at most (%(default)s) [same lab]")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s) [our choice]")
     add("--epochs", type=int, default=25, help="passes over all clips (%(default)s) [ASDKit]")
     add("--batch-size", type=int, default=32, help="clips in a step (%(default)s) [same lab]")

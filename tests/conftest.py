@@ -5,6 +5,7 @@ names), scores/ (score files of real systems), wav_cases/ (awkward WAV files) an
 that the official AST code printed). Tests that need it are skipped without it.
 """
 
+import contextlib
 import csv
 import hashlib
 import http.server
@@ -134,22 +135,13 @@ def error_of(main, argv: list[str], capsys) -> str:
     return capsys.readouterr().err.splitlines()[-1]  # argparse's own
 
 
-class Server(http.server.ThreadingHTTPServer):
-    """Files by path on the loopback address, with the faults that a test switches on."""
-
-    def __init__(self):
-        self.files, self.requests, self.delay, self.cut_at = {}, [], 0.0, None
-        super().__init__(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.serve_forever, args=(0.02,), daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server_port}"
-
-
 class Handler(http.server.BaseHTTPRequestHandler):
+    """Serves server.files by path; slowly, or cut, where a test says so."""
+
     def do_GET(self):
         server, path = self.server, self.path.split("?")[0]
         server.requests.append(path)
-        agent = self.headers.get("User-Agent", "").lower()
-        if not agent or agent.startswith(("python-", "curl", "wget", "mozilla/5.0")):
+        if self.headers.get("User-Agent", "").startswith("Python-"):
             return self.send_error(403)  # as Zenodo has done since January 2026
         if path not in server.files:
             return self.send_error(404)
@@ -157,15 +149,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.send_response(200)
         self.send_header("Content-Length", str(len(content)))
         self.end_headers()
-        body = b"" if self.command == "HEAD" else content[: server.cut_at]
-        try:
-            for i in range(0, len(body), 1 << 14):
-                self.wfile.write(body[i : i + (1 << 14)])
+        with contextlib.suppress(OSError):  # the client was killed
+            for i in range(0, len(content[: server.cut_at]), 1 << 14):
+                self.wfile.write(content[i : server.cut_at][: 1 << 14])
                 time.sleep(server.delay)
-        except OSError:
-            pass  # the client was killed
-
-    do_HEAD = do_GET
 
     def log_message(self, *args):
         pass
@@ -173,13 +160,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
 @pytest.fixture
 def server(monkeypatch):
-    """Stands for Zenodo, GitHub and Hugging Face: what a test puts into server.files can be
-    fetched.
-    """
-    with Server() as server:
-        monkeypatch.setattr(data, "ZENODO", f"{server.url}/zenodo")
-        monkeypatch.setattr(data, "GROUND_TRUTH", f"{server.url}/truth")
-        monkeypatch.setattr(backbone, "WEIGHTS_URL", f"{server.url}/model.safetensors")
+    """Stands for Zenodo, GitHub and Hugging Face."""
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        server.files, server.requests, server.delay, server.cut_at = {}, [], 0.0, None
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        monkeypatch.setattr(data, "ZENODO", f"{url}/zenodo")
+        monkeypatch.setattr(data, "GROUND_TRUTH", f"{url}/truth")
+        monkeypatch.setattr(backbone, "WEIGHTS_URL", f"{url}/model.safetensors")
         yield server
         server.shutdown()
 

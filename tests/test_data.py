@@ -12,7 +12,7 @@ import pytest
 import scipy
 import torch
 import torchaudio
-from conftest import REAL, assert_equal_within, error_of, in_a_process, needs_real, serve
+from conftest import REAL, assert_equal_within, in_a_process, needs_real, serve
 from scipy.io import wavfile
 from torchaudio.compliance.kaldi import fbank
 
@@ -61,21 +61,6 @@ def test_labels_come_from_the_name(name, domain, is_anomaly, attributes):
     assert parse_clip(path) == (path, "fan", "test", domain, is_anomaly, attributes)
 
 
-@needs_real
-@pytest.mark.parametrize(("machine", "n_classes"), [("fan", 4), ("bearing", 22)])
-def test_attributes_equal_the_challenges_table(machine, n_classes):
-    """attributes_00.csv lists parameter and value of every clip: joined, they are the name's."""
-    lines = (REAL / "real" / machine / "attributes_00.csv").read_text().splitlines()[1:]
-    in_training = set()
-    for file_name, *parts in (line.split(",") for line in lines):
-        clip = parse_clip(file_name)
-        if clip.domain:
-            assert clip.attributes == "_".join(part for part in parts if part)
-        if clip.split == "train":
-            in_training.add(clip.attributes)
-    assert len(lines) >= 1000 and len(in_training) == n_classes
-
-
 def test_clips_are_listed_sorted_whatever_the_case_of_wav_and_without_hidden_files(tmp_path):
     for name in ("b.WAV", "a.wav", "._a.wav", "notes.txt", "c.flac"):
         write_wav(tmp_path / "pump" / "train" / name, noise(500))
@@ -98,9 +83,9 @@ def test_machine_names_expand_groups_once():
 
 
 def expected_decoding(samples: np.ndarray, rate: int) -> torch.Tensor:
-    """(n,) or (n, channels) in [-1, 1] -> what read_wav must give."""
-    mono = samples if samples.ndim == 1 else samples.mean(axis=1)
-    return torchaudio.functional.resample(torch.from_numpy(mono.astype(np.float32)), rate, 16000)
+    """(n, channels) in [-1, 1] -> what read_wav must give."""
+    mono = torch.from_numpy(samples.mean(axis=1).astype(np.float32))
+    return torchaudio.functional.resample(mono, rate, 16000)
 
 
 FORMATS = [(np.uint8, 128, 2**7), (np.int16, 0, 2**15), (np.int32, 0, 2**31),
@@ -111,9 +96,9 @@ FORMATS = [(np.uint8, 128, 2**7), (np.int16, 0, 2**15), (np.int32, 0, 2**31),
 @pytest.mark.parametrize("channels", [1, 2, 8])
 @pytest.mark.parametrize(("dtype", "offset", "scale"), FORMATS)
 def test_every_sample_format_rate_and_channel_count(dtype, offset, scale, channels, rate, tmp_path):
-    x = np.random.default_rng(1).uniform(-0.9, 0.9, (3000, channels)).squeeze()
+    x = np.random.default_rng(1).uniform(-0.9, 0.9, (3000, channels))
     samples = (x * scale + offset).astype(dtype)
-    wave = read_wav(write_wav(tmp_path / "x.wav", samples, rate))
+    wave = read_wav(write_wav(tmp_path / "x.wav", samples.squeeze(), rate))
     expected = expected_decoding((samples.astype(float) - offset) / scale, rate)
     assert wave.dtype == torch.float32
     torch.testing.assert_close(wave, expected, atol=1e-6, rtol=0)
@@ -126,21 +111,18 @@ def test_awkward_files_decode_as_libsndfile_decodes_them_or_are_refused(monkeypa
     shorter than their header says, and two with float samples up to 16411.
     """
     monkeypatch.setattr(data, "FRAME", 0)  # some have 4 samples
-    decoded, refused = [], []
+    decoded = refused = 0
     for line in (REAL / "wav_cases" / "manifest.tsv").read_text().splitlines()[1:]:
         name, _, facts = line.split("\t")
-        verdict = facts.split("sf: ")[1]
         try:
-            wave = read_wav(REAL / "wav_cases" / name)
+            read_wav(REAL / "wav_cases" / name)
         except ValueError as error:
             assert name in str(error)
-            refused.append(name)
-            continue
-        assert "ERR" not in verdict, f"libsndfile refuses {name}"
-        rate, frames = verdict.split("Hz")[0].split()[-1], verdict.split()[-1].removesuffix("fr")
-        assert len(wave) == -(-int(frames) * 16000 // int(rate))
-        decoded.append(name)
-    assert (len(decoded), len(refused)) == (19, 13)
+            refused += 1
+        else:
+            assert "ERR" not in facts.split("sf: ")[1], f"libsndfile refuses {name}"
+            decoded += 1
+    assert (decoded, refused) == (19, 13)
 
 
 def test_decoded_samples_equal_libsndfiles(monkeypatch):
@@ -231,35 +213,6 @@ def test_a_window_of_the_wave_is_a_window_of_the_spectrogram():
     assert torch.equal(spectrogram(wave, 100 * 160), expected)
 
 
-def test_padding_comes_before_normalisation():
-    """A frame of padding is 4.2677393 / (2 · 4.5689974) = 0.467; silence (-15.94 + 4.27) / 9.14."""
-    x = spectrogram(torch.zeros(16000))
-    assert x[98:].unique().item() == pytest.approx(0.467, abs=1e-3)
-    assert x[:98].unique().item() == pytest.approx(-1.278, abs=1e-3)
-
-
-# Of two real fan clips, by torchaudio's fbank: mean, deviation, [frame, bin] -> value.
-FAN = {
-    "train/section_00_source_train_normal_0040_m-n_X.wav": (
-        -5.25869, 2.80380, {(0, 0): -10.73912, (500, 64): -3.70258, (997, 127): -3.48367}
-    ),
-    "test/section_00_target_test_normal_0021_m-n_Y.wav": (
-        -7.61627, 1.54875, {(0, 0): -6.69494, (500, 64): -6.00931, (997, 127): -7.95982}
-    ),
-}  # fmt: skip
-
-
-@needs_real
-@pytest.mark.parametrize("name", FAN)
-def test_log_mel_of_real_clips_has_these_values(name):
-    mean, std, values = FAN[name]
-    x = spectrogram(read_wav(REAL / "real" / "fan" / name))[:998] * 2 * 4.5689974 - 4.2677393
-    assert x.mean().item() == pytest.approx(mean, abs=1e-4)
-    assert x.std().item() == pytest.approx(std, abs=1e-4)
-    for (frame, mel_bin), value in values.items():
-        assert x[frame, mel_bin].item() == pytest.approx(value, abs=1e-4)
-
-
 # ---------------------------------------------------------------- windows
 
 
@@ -329,24 +282,11 @@ def test_specaug_widths_are_uniform_from_0_to_the_maximum():
     assert len(counts) == 9 and (counts - 1000).abs().max() < 4 * (9000 * 1 / 9 * 8 / 9) ** 0.5
 
 
-def test_specaug_places_are_uniform():
-    """A stripe of width 1 (in half of the clips) starts at each of 10 frames equally often."""
-    in_time, _ = masks((20000, 10, 20), 1, 0)
-    starts = in_time.sum(0).double()
-    assert (starts - in_time.sum() / 10).abs().max() < 4 * (10000 * 0.1 * 0.9) ** 0.5 + 1
-
-
 def test_specaug_draws_each_clip_and_each_mask_independently():
     time_width, freq_width = (stripes.sum(1) for stripes in masks((4000, 100, 100), 80, 80))
     assert len(time_width.unique()) > 70
     for a, b in ((time_width, freq_width), (time_width[1:], time_width[:-1])):
         assert abs(np.corrcoef(a, b)[0, 1]) < 4 / 4000**0.5
-
-
-@pytest.mark.parametrize(("time_mask", "freq_mask"), [(0, 0), (0, 10), (30, 0)])
-def test_a_width_of_0_turns_a_mask_off(time_mask, freq_mask):
-    in_time, in_freq = masks((200, 100, 40), time_mask, freq_mask)
-    assert in_time.any() == (time_mask > 0) and in_freq.any() == (freq_mask > 0)
 
 
 def test_specaug_may_mask_everything_but_not_more():
@@ -414,22 +354,12 @@ def test_nothing_is_fetched_into_a_folder_that_exists_or_for_a_machine_of_ones_o
     assert server.requests == []
 
 
-@pytest.mark.parametrize("agent", ["Python-urllib/3.11", "python-requests/2.32", "curl/8.5", ""])
-def test_the_server_that_refuses_library_agents_serves_ours(server, monkeypatch, tmp_path, agent):
+def test_a_server_that_refuses_us_is_named(server, monkeypatch, tmp_path):
+    """As this one does a library's agent, but not ours: see the other tests."""
     serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*CLIPS))
-    with monkeypatch.context() as patch:
-        patch.setattr(data, "AGENT", agent)
-        with pytest.raises(OSError, match="403: Forbidden"):
-            data.fetch("fan", tmp_path)
-    data.fetch("fan", tmp_path)
-    assert tree(tmp_path) == sorted(CLIPS)
-
-
-def test_a_failure_says_what_to_put_where_and_leaves_nothing(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(data, "ZENODO", "http://127.0.0.1:9")
-    message = error_of(data.main, ["--machine", "fan", "--data", str(tmp_path)], capsys)
-    url = "http://127.0.0.1:9/7882613/files/dev_fan.zip?download=1"
-    assert f"open {url} in a browser and put the file at {tmp_path}/dev_fan.zip" in message
+    monkeypatch.setattr(data, "AGENT", "Python-urllib/3.11")
+    with pytest.raises(OSError, match=r"cannot fetch .*dev_fan.*403: Forbidden"):
+        data.fetch("fan", tmp_path)
     assert tree(tmp_path) == []
 
 

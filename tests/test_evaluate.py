@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import REAL, assert_equal_within, error_of, needs_real
-from sklearn.metrics import precision_recall_fscore_support
 
 import data
 import evaluate
@@ -95,24 +94,6 @@ def test_real_systems_have_the_numbers_that_their_authors_printed(system):
     assert_equal_within(1e-12, what, ours, [*theirs, expected["official_score"]])
 
 
-@needs_real
-def test_real_decisions_have_sklearns_precision_and_recall_and_the_counts_of_mistakes():
-    run = REAL / "scores" / "dev_MSE"
-    for machine in data.DEV:
-        row, _ = evaluate_machine(machine, run)
-        decisions = evaluate.read_csv(run / f"decision_result_{machine}_section_00_test.csv")
-        for domain in ("source", "target"):
-            chosen = [name for name in decisions if f"_{domain}_" in name]
-            truth, decided = ["anomaly" in name for name in chosen], [decisions[n] for n in chosen]
-            options = {"average": "binary", "zero_division": 0}
-            expected = precision_recall_fscore_support(truth, decided, **options)[:3]
-            found = [row[f"{key}_{domain}"] for key in ("precision", "recall", "f1")]
-            assert found == pytest.approx(list(expected))
-        missed = sum("anomaly" in name and not value for name, value in decisions.items())
-        false = sum("normal" in name and value for name, value in decisions.items())
-        assert (row["missed"], row["false_alarms"]) == (missed, false)
-
-
 # ---------------------------------------------------------------- files and labels
 
 
@@ -183,35 +164,33 @@ def test_an_unbalanced_evaluation_machine_from_its_files_to_every_number(tmp_pat
 OWN = ["a 1.wav", "a 2.wav", "c,4.wav", "ö.wav"]
 
 
-@pytest.mark.parametrize(
-    "text",
-    [
-        'a 1.wav,1\na 2.wav,0\n"c,4.wav",1\nö.wav,0\n',
-        "\ufefffile;label\r\na 1.wav;1\r\na 2.wav;0\r\nc,4.wav;1\r\nö.wav;0\r\n;\r\n\r\n",
-        "name, label\nö.wav , 0\na 2.wav, 0\nc,4.wav, 1 \na 1.wav,1\nold.wav,1\n\n",
-    ],
-)
+SPREADSHEETS = [
+    'a 1.wav,1\na 2.wav,0\n"c,4.wav",1\nö.wav,0\n',
+    "\ufefffile;label\r\na 1.wav;1\r\na 2.wav;0\r\nc,4.wav;1\r\nö.wav;0\r\n;\r\n\r\n",
+    "name, label\nö.wav , 0\na 2.wav, 0\nc,4.wav, 1 \na 1.wav,1\nold.wav,1\n\n",
+]
+
+
+@pytest.mark.parametrize("text", SPREADSHEETS)
 def test_labels_are_read_as_a_spreadsheet_saves_them(tmp_path, text):
     """A BOM, a header, semicolons, spaces, blank lines, a comma in a name, another order."""
-    path = tmp_path / "labels.csv"
-    path.write_bytes(text.encode())
-    assert evaluate.read_labels(path, OWN) == [True, False, True, False]
+    (tmp_path / "labels.csv").write_bytes(text.encode())
+    assert evaluate.read_labels(tmp_path / "labels.csv", OWN) == [True, False, True, False]
 
 
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a 1.wav,1\na 2.wav,normal\n", r"labels\.csv, line 2: 'a 2.wav,normal'; a right one is"),
-        ("a 1.wav,yes\n", r"labels\.csv, line 1: 'a 1.wav,yes'"),
-        ("a 1.wav,1\na 2.wav,2\n", r"labels\.csv, line 2: 'a 2.wav,2'"),
-        ("a 1.wav,1\na 2.wav\n", r"labels\.csv, line 2: 'a 2.wav'"),
-        ("a 1.wav,1\na 1.wav,0\n", r"labels\.csv, line 2: a 1.wav stands there twice"),
-        ("a 1.wav,1\n", r"labels\.csv has no line for a 2.wav, c,4.wav, ö.wav"),
-    ],
-)
-def test_labels_that_cannot_be_understood_are_refused_with_file_and_line(tmp_path, text, message):
+WRONG_LABELS = {
+    "a 1.wav,1\na 2.wav,normal\n": r"labels\.csv, line 2: 'a 2.wav,normal'; a right one is",
+    "a 1.wav,yes\n": r"labels\.csv, line 1: 'a 1.wav,yes'",
+    "a 1.wav,1\na 2.wav,2\n": r"labels\.csv, line 2: 'a 2.wav,2'",
+    "a 1.wav,1\na 1.wav,0\n": r"labels\.csv, line 2: a 1.wav stands there twice",
+    "a 1.wav,1\n": r"labels\.csv has no line for a 2.wav, c,4.wav, ö.wav",
+}
+
+
+@pytest.mark.parametrize("text", WRONG_LABELS)
+def test_labels_that_cannot_be_understood_are_refused_with_file_and_line(tmp_path, text):
     (tmp_path / "labels.csv").write_text(text)
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=WRONG_LABELS[text]):
         evaluate.read_labels(tmp_path / "labels.csv", OWN)
 
 
@@ -235,32 +214,18 @@ def test_ones_own_machine_needs_only_a_labels_file(tmp_path, capsys):
         assert row["set"] == "own"
 
 
-@pytest.mark.parametrize(
-    ("rows", "message"),
-    [
-        ([("a.wav", "nan"), ("b.wav", 1)], "line 1: 'a.wav,nan'"),
-        ([("a.wav", 1), ("a.wav", 2)], "line 2: a.wav stands there twice"),
-        ([("a.wav", 1), ("b.wav", "x")], "line 2: 'b.wav,x'"),
-    ],
-)
-def test_wrong_score_files_are_refused(tmp_path, rows, message):
-    write(tmp_path / "anomaly_score_fan_section_00_test.csv", rows)
-    with pytest.raises(ValueError, match=message):
-        evaluate_machine("fan", tmp_path)
-
-
-def test_scores_of_every_size_are_read(tmp_path):
+def test_scores_are_finite_numbers_of_every_size(tmp_path):
     values = {"a": 1.5e-07, "b": -2.25, "c": 3e16, "d": 0.0, "e": 12.0}
     assert evaluate.read_csv(write(tmp_path / "x.csv", values.items())) == values
+    with pytest.raises(ValueError, match=r"line 6: 'f,nan'"):
+        evaluate.read_csv(write(tmp_path / "x.csv", [*values.items(), ("f", "nan")]))
 
 
 def test_decisions_must_be_of_the_same_clips_and_may_be_missing(tmp_path):
     run = scored(tmp_path / "run", "fan", made_up(0))
     decisions = run / "decision_result_fan_section_00_test.csv"
     write(decisions, [(name, 1) for name in list(made_up(0))[1:]])
-    with pytest.raises(
-        ValueError, match=r"decision_result_fan.* has no line for section_00_source"
-    ):
+    with pytest.raises(ValueError, match=r"decision_result_fan.* has no line for section"):
         evaluate_machine("fan", run)
     decisions.unlink()
     row, _ = evaluate_machine("fan", run)
@@ -300,11 +265,6 @@ def test_the_table_of_one_run(tmp_path, capsys):
     stored = {row["machine"]: row for row in metrics_of(Path(run))}
     assert float(stored["valve"]["pauc"]) == rows["valve"]["pauc"]
     assert float(stored["valve"]["official_score"]) == total
-
-
-def test_a_full_set_is_not_called_partial(tmp_path, capsys):
-    run = run_folder(tmp_path / "run", data.DEV)
-    assert "partial" not in table(capsys, "--machine", "dev", "--run", run)
 
 
 def test_seeds_of_one_setting_give_mean_and_sample_standard_deviation(tmp_path, capsys):
@@ -363,8 +323,3 @@ def test_undefined_numbers_print_n_a_and_make_the_total_partial(tmp_path, capsys
     out = table(capsys, "--machine", "fan", "--run", str(run))
     assert "| AUC target | n/a |" in out
     assert "**100.00** (n = 1), partial (1/7; 1 of 3 values undefined)" in out
-
-
-def test_missing_scores_are_told_by_their_file(tmp_path, capsys):
-    message = error_of(evaluate.main, ["--machine", "fan", "--run", str(tmp_path)], capsys)
-    assert f"{tmp_path}/anomaly_score_fan_section_00_test.csv" in message

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import plain
 import pytest
-import torch
 from conftest import (
     FLAGS,
     REAL,
@@ -108,39 +107,6 @@ def test_a_training_clip_leaves_out_all_of_its_own_windows():
 TRAIN, DOMAINS, TEST = at(0, 2, 6, 90, 120, 160), ["source"] * 3 + ["target"] * 3, at(3, 130)
 
 
-def test_none_uses_one_bank_of_both_domains():
-    scores, train_scores = one_window_each(TRAIN, TEST, DOMAINS, 1, "none")
-    assert scores == pytest.approx([d(1), d(10)], abs=1e-6)
-    assert train_scores == pytest.approx([d(2), d(2), d(4), d(30), d(30), d(40)], abs=1e-6)
-
-
-def test_test_standardises_each_bank_by_the_test_scores():
-    """At 3°, 130° and 10°; in the source bank d(1°), d(124°), d(4°), in the target bank d(87°),
-    d(10°), d(80°). Each is standardised over the three, and the smaller one counts.
-    """
-    scores, train_scores = one_window_each(TRAIN, at(3, 130, 10), DOMAINS, 1, "test")
-    source, target = (np.array([d(a) for a in row]) for row in ((1, 124, 4), (87, 10, 80)))
-    banks = [(source - source.mean()) / source.std(), (target - target.mean()) / target.std()]
-    assert scores == pytest.approx(np.min(banks, axis=0), abs=1e-5)
-    # A training clip at 0° is 2° from its bank without itself, and 90° from the other.
-    own = [(d(2) - source.mean()) / source.std(), (d(90) - target.mean()) / target.std()]
-    assert train_scores[0] == pytest.approx(min(own), abs=1e-4)
-
-
-def test_density_divides_by_the_neighbours_own_distance():
-    """ρ is the mean distance to the 4 nearest of the 5 others: all but the farthest."""
-    angles = np.array([0, 2, 6, 90, 120, 160])
-    between = np.array([[d(a - b) for b in angles] for a in angles])
-    rho = np.array([(row.sum() - row.max()) / 4 for row in between])
-    scores, train_scores = one_window_each(TRAIN, TEST, DOMAINS, 1, "density")
-    for query, found in zip((3, 130), scores):
-        expected = np.array([d(query - a) for a in angles]) / rho
-        assert found == pytest.approx(expected.min(), rel=1e-4)
-    expected = (between / rho + np.diag([np.inf] * 6)).min(axis=1)
-    assert train_scores == pytest.approx(expected, rel=1e-4)
-    assert score.DENSITY_K == 4
-
-
 def test_density_stays_finite_where_training_clips_are_equal():
     scores, _ = one_window_each(at(*[0] * 6), at(0, 1), [None] * 6, 1, "density")
     assert scores == pytest.approx([0, d(1) / 1e-6], rel=1e-2)
@@ -157,17 +123,18 @@ def test_a_domain_without_clips_has_no_bank(normalize):
 
 
 @pytest.mark.parametrize(
-    ("angles", "domains", "test", "normalize", "message"),
-    [
-        ([0], ["source"], TEST, "none", "too few training clips"),
-        ([0, 10, 20], ["source"] * 3, TEST, "density", "too few training clips"),
-        ([0, 10, 90], ["source"] * 2 + ["target"], TEST, "test", "too few training clips"),
-        ([0, 10], ["source"] * 2, at(5, 5), "test", "needs test clips whose scores vary"),
-    ],
+    ("angles", "domains", "normalize"),
+    [([0], "s", "none"), ([0, 10, 20], "sss", "density"), ([0, 10, 90], "sst", "test")],
 )
-def test_too_few_clips_for_a_back_end_are_refused(angles, domains, test, normalize, message):
-    with pytest.raises(ValueError, match=message):
-        one_window_each(at(*angles), test, domains, 1, normalize)
+def test_too_few_clips_for_a_back_end_are_refused(angles, domains, normalize):
+    domains = [{"s": "source", "t": "target"}[letter] for letter in domains]
+    with pytest.raises(ValueError, match="too few training clips"):
+        one_window_each(at(*angles), TEST, domains, 1, normalize)
+
+
+def test_test_clips_that_are_all_alike_cannot_be_standardised():
+    with pytest.raises(ValueError, match="needs test clips whose scores vary"):
+        one_window_each(at(0, 10), at(5, 5), ["source"] * 2, 1, "test")
 
 
 def test_the_threshold_is_a_percentile_of_the_training_scores_and_itself_no_anomaly():
@@ -201,21 +168,18 @@ def own_run(tmp_path_factory):
             name = f"section_00_{domain}_{split}_normal_{i:04}_spd_{i % 2}.wav"
             samples = (32767 * np.clip(wave, -1, 1)).astype(np.int16)
             wavfile.write(folder / "data" / "fan" / split / name, 16000, samples)
-    ast = lively_ast()
-    write_ast(folder / "ast", ast)
+    write_ast(folder / "ast", lively_ast())
     flags = ["--data", str(folder / "data"), "--weights", str(folder / "ast"), "--device", "cpu"]
     flags += ["--rank", "4", "--alpha", "6", "--epochs", "1", "--batch-size", "4", "--lr", "0.02"]
     train.main(["--machine", "fan", "--run", str(folder / "run"), *flags])
-    state = train.load(folder / "run" / "adapter.pt")
-    w = ast.state_dict()
-    w |= {n.removeprefix("ast."): t for n, t in state.items() if n.startswith("ast.")}
-    head = {name: tensor for name, tensor in state.items() if not name.startswith("ast.")}
+    state, public = train.load(folder / "run" / "adapter.pt"), lively_ast().state_dict()
+    adapters = {name.removeprefix("ast."): tensor for name, tensor in state.items()}
     rows = {}
     for split in ("train", "test"):
         waves = [plain.read(path) for path in sorted((folder / "data" / "fan" / split).iterdir())]
-        rows[split, "run"] = [plain.embed(w, head, wave, 6 / 4) for wave in waves]
-        rows[split, "cls"] = [plain.embed(ast.state_dict(), {}, wave) for wave in waves]
-        rows[split, "mean"] = [plain.embed(ast.state_dict(), None, wave) for wave in waves]
+        rows[split, "run"] = [plain.embed(public | adapters, state, wave, 6 / 4) for wave in waves]
+        rows[split, "cls"] = [plain.embed(public, {}, wave) for wave in waves]
+        rows[split, "mean"] = [plain.embed(public, None, wave) for wave in waves]
     return folder, rows
 
 
@@ -235,38 +199,36 @@ def test_scoring_equals_a_plain_path(own_run, flags):
     options = {} if kind != "run" else dict(zip(flags[::2], flags[1::2]))
     normalize, k = options.get("--normalize", "none"), int(options.get("--k", 1))
     bank, queries = embeddings["train", kind], embeddings["test", kind]
-    names = {}
-    for split in ("train", "test"):
-        names[split] = sorted(p.name for p in (folder / "data" / "fan" / split).iterdir())
-    is_target = ["target" in name for name in names["train"]]
+    train_names, test_names = (
+        [clip.path.name for clip in data.list_clips(folder / "data", "fan", split)]
+        for split in ("train", "test")
+    )
+    is_target = ["target" in name for name in train_names]
     expected, threshold, window = plain.score(bank, queries, is_target, normalize, k)
+    assert np.abs(expected - threshold).min() > 1e-6 * np.abs(expected).max(), "none at threshold"
 
     found = rows_of(run / "anomaly_score_fan_section_00_test.csv")
-    assert [name for name, _ in found] == names["test"]
+    assert [name for name, _ in found] == test_names
     values = [float(value) for _, value in found]
     tolerance = 2e-6 if normalize == "none" else 1e-3  # these are divided by small numbers
     assert_equal_within(tolerance, f"scores, {flags}, against a plain path", values, expected)
-    decided = rows_of(run / "decision_result_fan_section_00_test.csv")
-    assert np.abs(expected - threshold).min() > 1e-6 * np.abs(expected).max(), "none at threshold"
-    assert [int(value) for _, value in decided] == (expected > threshold).astype(int).tolist()
+    alarms = [str(int(alarm)) for alarm in expected > threshold]
+    assert [row[1] for row in rows_of(run / "decision_result_fan_section_00_test.csv")] == alarms
 
-    header, *report = rows_of(run / "report_fan.csv")
     starts, columns = {1: [0.0], 2: [0.0, 1.74]}, []
-    for i, windows in enumerate(bank):
-        columns += [(names["train"][i], start) for start in starts[len(windows)]]
-    found = {row[0]: dict(zip(header, row)) for row in report}
-    for name, windows, at_window, value in zip(names["test"], queries, window, values):
-        row, plainly = found[name], 1 - np.concatenate(bank) @ windows[at_window]
-        near, near_start = columns[plainly.argmin()]
-        assert float(row["score"]) == value
-        assert float(row["threshold"]) == pytest.approx(threshold, abs=tolerance)
-        assert row["alarm"] == str(int(value > float(row["threshold"])))
-        assert row["nearest_training_clip"] == near
-        assert float(row["distance"]) == pytest.approx(plainly.min(), abs=2e-6)
-        assert float(row["at_seconds"]) == starts[len(windows)][at_window]
-        assert float(row["nearest_at_seconds"]) == near_start
-    order = [float(row[1]) for row in report]
+    for name, windows in zip(train_names, bank):
+        columns += [(name, start) for start in starts[len(windows)]]
+    report = report_of(run, "fan")
+    order = [float(row["score"]) for row in report.values()]
     assert order == sorted(order, reverse=True)
+    for i, name in enumerate(test_names):
+        row, plainly = report[name], 1 - np.concatenate(bank) @ queries[i][window[i]]
+        near = (row["nearest_training_clip"], float(row["nearest_at_seconds"]))
+        assert (float(row["score"]), row["alarm"]) == (values[i], alarms[i])
+        assert float(row["threshold"]) == pytest.approx(threshold, abs=tolerance)
+        assert near == columns[plainly.argmin()]
+        assert float(row["distance"]) == pytest.approx(plainly.min(), abs=2e-6)
+        assert float(row["at_seconds"]) == starts[len(queries[i])][window[i]]
 
 
 # ---------------------------------------------------------------- files
@@ -282,18 +244,17 @@ def scored(*flags: str, machine: str = "fan") -> None:
     score.main(["--machine", machine, *weights, *flags])
 
 
-def report_of(run: str, machine: str = "pump") -> dict[str, dict[str, str]]:
-    header, *rows = rows_of(f"{run}/report_{machine}.csv")
+def report_of(run: str | Path, machine: str = "pump") -> dict[str, dict[str, str]]:
+    header, *rows = rows_of(Path(run) / f"report_{machine}.csv")
     return {row[0]: dict(zip(header, row)) for row in rows}
 
 
-def test_the_files_are_the_challenges(small):
-    """No header, a row for each test clip in order of name, base names, full float precision, \\n
-    ends, 0 or 1.
-    """
+def test_the_files_are_the_challenges_and_the_highest_are_printed(small, capsys):
+    """No header, a row for each test clip in order of name, full float precision, \\n, 0 or 1."""
     small_machines("fan", n_test=3)
     folder = trained()
-    scored()
+    scored("--percentile", "50")
+    out = capsys.readouterr().out
     names = [clip.path.name for clip in data.list_clips("data", "fan", "test")]
     content = (folder / "anomaly_score_fan_section_00_test.csv").read_bytes()
     assert content.endswith(b"\n") and b"\r" not in content
@@ -301,8 +262,12 @@ def test_the_files_are_the_challenges(small):
     decisions = rows_of(folder / "decision_result_fan_section_00_test.csv")
     assert [row[0] for row in scores] == [row[0] for row in decisions] == names
     assert all(repr(float(value)) == value for _, value in scores)
-    assert {value for _, value in decisions} <= {"0", "1"}
-    assert sorted(report_of("runs/fan", "fan")) == names
+    assert {value for _, value in decisions} == {"0", "1"}
+    highest = list(report_of("runs/fan", "fan").values())[:10]  # of 12
+    lines = [f"{row['test_clip']} | {row['nearest_training_clip']}" for row in highest]
+    printed = [line for line in out.splitlines() if " | " in line]
+    assert [line[-len(end) :] for line, end in zip(printed, lines)] == lines
+    assert ["ALARM" in line for line in printed] == [row["alarm"] == "1" for row in highest]
 
 
 def noise(path: str, seconds: float, seed: int = 0, level: float = 900, rate=16000) -> Path:
@@ -324,31 +289,14 @@ def pump(n: int = 6, seconds: float = 1) -> None:
 def test_names_with_commas_quotes_and_other_letters_survive(small):
     pump()
     names = ["a b.wav", "ölpumpe, links.wav", 'the "bad" one.wav', "日本.wav", "a;b.wav"]
-    for i, name in enumerate(names):
-        noise(f"data/pump/test/{name}", 1, seed=60 + i)
-    raw = os.fsencode("data/pump/test/") + b"latin-1 \xf6.wav"
-    os.rename("data/pump/test/new.wav", raw)
+    for name in names:
+        noise(f"data/pump/test/{name}", 1, seed=60)
+    os.rename("data/pump/test/new.wav", os.fsencode("data/pump/test/") + b"latin-1 \xf6.wav")
     scored("--pretrained", machine="pump")
-    run = Path("runs/pretrained-pump")
-    found = evaluate.read_csv(run / "anomaly_score_pump_section_00_test.csv")
+    found = evaluate.read_csv(Path("runs/pretrained-pump/anomaly_score_pump_section_00_test.csv"))
     assert list(found) == sorted([*names, "latin-1 \udcf6.wav"])
-    labels = [(name, i % 2) for i, name in enumerate(found)]
-    data.write_csv(Path("data/pump/labels.csv"), labels)
-    evaluate.main(["--machine", "pump", "--run", str(run)])
-    assert (run / "metrics.csv").exists()
-
-
-def test_every_window_of_a_long_clip_is_embedded_and_batches_do_not_matter(small):
-    """1 s has 98 frames, two windows of 96 here: frames 0-95 and 2-97."""
-    small_machines("fan", n_test=2)
-    model, _ = train.load_run(trained())
-    clips = data.list_clips("data", "fan", "test")
-    one, many = embed_all(model, clips, batch_size=1), embed_all(model, clips, batch_size=5)
-    np.testing.assert_allclose(one, many, atol=1e-6)
-    wave = data.read_wav(clips[3].path)
-    x = torch.stack([data.spectrogram(wave), data.spectrogram(wave, 2 * 160)])
-    with torch.no_grad():
-        np.testing.assert_allclose(one[6:8], model(x), atol=1e-6)
+    data.write_csv(Path("data/pump/labels.csv"), [(name, i % 2) for i, name in enumerate(found)])
+    evaluate.main(["--machine", "pump", "--run", "runs/pretrained-pump"])
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -363,24 +311,6 @@ def test_batches_are_full_however_long_the_clips_are(small, workers):
     assert sizes == [12, 12, 5]
     assert [index for index, _, _ in found] == [0] * 21 + [1, 1, 2, 2, 3, 3, 4, 4]
     assert found[0][1] == data.window_starts(20 * 16000)
-
-
-def test_a_fault_in_a_long_recording_is_found_with_its_place(small, capsys):
-    """30 s of noise with one second of a hum inside score as that second alone does."""
-    pump(seconds=10)
-    _, healthy = wavfile.read(noise("data/pump/test/healthy.wav", 30, seed=99))
-    hum = (9000 * np.sin(2 * np.pi * 300 * np.arange(16000) / 16000)).astype(np.int16)
-    wavfile.write("data/pump/test/alone.wav", 16000, hum)
-    start = 17 * 16000
-    inside = np.concatenate([healthy[:start], hum, healthy[start + 16000 :]])
-    wavfile.write("data/pump/test/inside.wav", 16000, inside)
-    scored("--pretrained", machine="pump")
-    found = report_of("runs/pretrained-pump")
-    values = {name: float(row["score"]) for name, row in found.items()}
-    assert values["inside.wav"] > 0.8 * values["alone.wav"] > 2 * values["healthy.wav"]
-    assert 16 <= float(found["inside.wav"]["at_seconds"]) <= 18
-    lines = [line for line in capsys.readouterr().out.splitlines() if "inside.wav |" in line]
-    assert len(lines) == 1 and "ALARM" in lines[0], "the ten highest are printed"
 
 
 def test_what_is_judged_is_said(small, capsys):
@@ -404,23 +334,24 @@ def test_what_is_judged_is_said(small, capsys):
         assert found["new.wav"][key] == before["new.wav"][key]
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "said"),
-    [
-        ("test/long.wav", {"seconds": 6}, "unusual length (most training clips have 1 to 1 s)"),
-        ("test/loud.wav", {"level": 9000}, "unusual level (most training clips have"),
-        ("train/silent.wav", {"level": 0}, "unusual level (most training clips have"),
-        ("test/slow.wav", {"rate": 8000}, "unusual sample rate (most training clips have 16000 to"),
-    ],
-)
-def test_clips_unlike_most_training_clips_are_said(small, capsys, name, options, said):
+UNLIKE = {
+    "length (most training clips have 1 to 1 s)": ("test", {"seconds": 6}),
+    "level (most training clips have": ("train", {"level": 0}),
+    "sample rate (most training clips have 16000 to": ("test", {"rate": 8000}),
+}
+
+
+@pytest.mark.parametrize("said", UNLIKE)
+def test_clips_unlike_most_training_clips_are_said(small, capsys, said):
     pump(n=20)
     scored("--pretrained", machine="pump")
     assert "note:" not in capsys.readouterr().out
-    noise(f"data/pump/{name}", **({"seconds": 1, "seed": 77} | options))
+    split, options = UNLIKE[said]
+    noise(f"data/pump/{split}/odd.wav", **({"seconds": 1, "seed": 77} | options))
     scored("--pretrained", machine="pump")
     notes = [line for line in capsys.readouterr().out.splitlines() if line.startswith("note: ")]
-    assert len(notes) == 1 and f"1 of {said}" in notes[0] and name in notes[0]
+    assert len(notes) == 1 and f"1 of unusual {said}" in notes[0]
+    assert f"{split}/odd.wav (" in notes[0]
 
 
 def test_a_merged_and_saved_model_scores_as_the_trained_one(small):
@@ -479,24 +410,23 @@ def test_only_new_contents_go_through_the_network(small, monkeypatch):
     assert len(train.load("runs/pretrained-fan/embeddings_fan.pt")) == 6 + 8
 
 
-@pytest.mark.parametrize("end", ["Ctrl-C", "bad clip"])
+@pytest.mark.parametrize("end", [KeyboardInterrupt, ValueError("fan/x.wav is bad")])
 def test_embeddings_are_kept_whatever_ends_the_command(small, monkeypatch, capsys, end):
     """The fourth batch of 4 windows is the last: two clips of each of the three before are kept."""
     small_machines("fan", n_test=2)
-    names = embedded(monkeypatch)
+    names, forward, calls = embedded(monkeypatch), backbone.Embedder.forward, []
+
+    def stop(self, x):
+        calls.append(1)
+        if len(calls) == 4:
+            raise end
+        return forward(self, x)
+
     with monkeypatch.context() as patch:
-        forward, calls = backbone.Embedder.forward, []
-
-        def stop(self, x):
-            calls.append(1)
-            if len(calls) == 4:
-                raise KeyboardInterrupt if end == "Ctrl-C" else ValueError("fan/x.wav is bad")
-            return forward(self, x)
-
         patch.setattr(backbone.Embedder, "forward", stop)
         argv = ["--machine", "fan", "--pretrained", *FLAGS, "--batch-size", "4"]
         message = error_of(score.main, argv, capsys)
-    assert ("interrupted" if end == "Ctrl-C" else "fan/x.wav is bad") in message
+    assert "interrupted" in message or "fan/x.wav is bad" in message
     assert len(train.load("runs/pretrained-fan/embeddings_fan.pt")) == 5
     names.clear()
     scored("--pretrained")
@@ -505,11 +435,9 @@ def test_embeddings_are_kept_whatever_ends_the_command(small, monkeypatch, capsy
 
 def test_embeddings_are_saved_now_and_then(small, monkeypatch):
     small_machines("fan")
-    monkeypatch.setattr(score, "SAVE_EVERY", 0)
     sizes, save = [], train.save
-    monkeypatch.setattr(
-        train, "save", lambda path, kept: sizes.append(len(kept)) or save(path, kept)
-    )
+    monkeypatch.setattr(score, "SAVE_EVERY", 0)
+    monkeypatch.setattr(train, "save", lambda path, e: sizes.append(len(e)) or save(path, e))
     scored("--pretrained")
     assert sizes == [*range(12), 11]
 
@@ -528,24 +456,11 @@ def test_one_joint_run_scores_each_of_its_machines_and_no_other(small, capsys):
     small_machines("fan", "valve", "pump")
     train.main(["--machine", "fan", "valve", *FLAGS, "--epochs", "1", "--run", "runs/joint"])
     scored("--run", "runs/joint", machine="valve")
-    assert Path("runs/joint/report_valve.csv").exists()
-    assert not Path("runs/joint/report_fan.csv").exists()
+    assert [path.name for path in Path("runs/joint").glob("report_*")] == ["report_valve.csv"]
     message = error_of(score.main, ["--machine", "pump", "--run", "runs/joint"], capsys)
     assert "runs/joint was trained on no other than fan valve" in message
-
-
-def test_pooling_of_a_trained_run_is_its_own(small, capsys):
-    small_machines("fan")
-    trained()
-    argv = ["--machine", "fan", "--device", "cpu", "--pooling", "mean"]
+    argv = ["--machine", "fan", "--run", "runs/joint", "--pooling", "mean"]
     assert "--pooling goes with --pretrained" in error_of(score.main, argv, capsys)
-
-
-def test_scoring_an_unfinished_run_is_refused(small, capsys):
-    small_machines("fan")
-    (trained() / "adapter.pt").unlink()
-    message = error_of(score.main, ["--machine", "fan"], capsys)
-    assert "runs/fan is no finished run of train.py" in message
 
 
 def test_rescoring_removes_what_it_does_not_make_anew(small):

@@ -85,38 +85,6 @@ def test_arcface_equals_an_independent_float64_computation_with_its_gradients(th
         torch.testing.assert_close(arcface.centres.grad.double(), w.grad, atol=2e-2, rtol=2e-3)
 
 
-def test_arcface_falls_with_the_angle_all_the_way_to_pi():
-    theta = torch.linspace(0, math.pi, 1000, dtype=torch.float64)
-    arcface = ArcFace(2, 2, 30.0, 0.5).double()
-    arcface.centres.data.copy_(torch.eye(2))
-    embedding = torch.stack([theta.cos(), theta.sin()], dim=1)
-    logits = arcface(embedding, torch.zeros(1000, dtype=torch.int64))[:, 0]
-    assert (logits.diff() < 0).all()
-
-
-def test_the_line_begins_just_where_the_margin_reaches_pi():
-    """As in the authors' code, cos θ > cos(π - m) is needed for cos(θ + m)."""
-    arcface = ArcFace(2, 1, 1.0, 0.2).double()
-    arcface.centres.data.copy_(torch.tensor([[1.0, 0.0]]))
-    edge = -math.cos(0.2)
-    cos = torch.tensor([edge - 1e-9, edge + 1e-9], dtype=torch.float64)
-    embedding = torch.stack([cos, (1 - cos**2).sqrt()], dim=1)
-    logits = arcface(embedding, torch.tensor([0, 0]))[:, 0]
-    assert logits.tolist() == pytest.approx([edge - 0.2 * math.sin(0.2), -1.0], abs=1e-6)
-
-
-def test_no_margin_is_a_scaled_cosine_and_the_margin_touches_the_true_class_only():
-    torch.manual_seed(0)
-    embedding, labels = F.normalize(torch.randn(5, 8)), torch.tensor([0, 1, 2, 0, 1])
-    without, with_margin = ArcFace(8, 3, 10.0, 0.0), ArcFace(8, 3, 10.0, 0.3)
-    with_margin.load_state_dict(without.state_dict())
-    cos = embedding @ F.normalize(without.centres).T
-    torch.testing.assert_close(without(embedding, labels), 10 * cos)
-    difference = without(embedding, labels) - with_margin(embedding, labels)
-    true = F.one_hot(labels, 3).bool()
-    assert (difference[true] > 0.1).all() and (difference[~true] == 0).all()
-
-
 @pytest.mark.parametrize("margin", [-0.1, math.pi / 2, 2.0])
 def test_a_margin_that_is_no_angle_below_a_right_one_is_refused(margin):
     with pytest.raises(ValueError, match="in radians"):
@@ -144,54 +112,34 @@ def noisy_clips(folder: Path) -> list[torch.Tensor]:
 @pytest.mark.parametrize("micro_batch", [4, 3])
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch):
-    """Every trained tensor to 1e-6 and every line of the log, through an uneven last batch.
-
-    Left out are the biases of the keys, which a softmax does not see: their gradient is rounding
-    noise, of which Adam makes whole steps.
+    """Five epochs of two steps, every tensor and the log. All but the keys' biases, which the
+    softmax cancels: their gradient is rounding noise, of which Adam makes whole steps.
     """
     monkeypatch.chdir(tmp_path)
     waves, ast = noisy_clips(Path("data/fan/train")), lively_ast()
     write_ast("ast.safetensors", ast)
     public = ast.state_dict()
-    numbers = {
-        "epochs": 5, "lr": 1e-5, "ast_lr": 3e-6, "warmup": 5, "rank": 4, "alpha": 6.0, "seed": 3,
-        "scale": 20.0, "margin": 0.3, "weight_decay": 1.0,
-    }  # fmt: skip
+    numbers = {"epochs": 5, "lr": 1e-5, "ast_lr": 3e-6, "warmup": 5, "rank": 4, "alpha": 6.0,
+               "seed": 3, "scale": 20.0, "margin": 0.3, "weight_decay": 1.0}  # fmt: skip
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
-    flags += ["--time-mask=300", "--freq-mask=50", "--batch-size=4"]
-    flags += [f"--micro-batch={micro_batch}", "--tuning", tuning]
-    train.main(["--machine", "fan", *FLAGS, *flags])
-    model, _ = load_run("runs/fan")
-
+    flags += ["--time-mask=300", "--freq-mask=50", "--batch-size=4", "--tuning", tuning]
+    train.main(["--machine", "fan", *FLAGS, *flags, f"--micro-batch={micro_batch}"])
     w, head, centres, log = plain.train(
         waves, [0, 1, 0, 1, 0, 1, 0], public, tuning=tuning, batch=4, masks=(300, 50), **numbers
     )
     expected = w | head | {"centres": centres}
     found = {"centres": load("runs/fan/last.pt")["arcface"]["centres"]}
-    for name, tensor in model.state_dict().items():
+    for name, tensor in load_run("runs/fan")[0].state_dict().items():
         found[name.removeprefix("ast.").replace(".base.", ".")] = tensor
+    assert found.keys() == expected.keys()
     names = [name for name in expected if not name.endswith("attn.k.bias")]
-    difference = max((found[name] - expected[name]).abs().max().item() for name in names)
+    ours, theirs = (torch.cat([x[name].flatten() for name in names]) for x in (found, expected))
     what = f"training, {tuning}, {micro_batch} of 4 at once, against a plain loop"
-    print(f"{what}: largest difference {difference:.1e}")
-    assert difference <= 1e-6 and found.keys() == expected.keys()
+    assert_equal_within(1e-6, what, ours, theirs)
     moved = [name for name in public if not torch.equal(found[name], public[name])]
     assert moved == (list(public) if tuning == "full" else [])
     rows = [[float(value) for value in row] for row in rows_of("runs/fan/log.csv")[1:]]
     assert rows == [pytest.approx(line, rel=1e-5) for line in log]
-
-
-def test_only_pretrained_weights_have_their_own_rate(small):
-    """--ast-lr under --tuning full; everything that starts at random, and LoRA, has --lr."""
-    small_machines("fan")
-    rates = {"full": [1e-3, 3e-5], "lora": [1e-3, 1e-3], "frozen": [1e-3]}
-    in_ast = {"full": [5 + 2 * 16 + 2], "lora": [2 * 2 * 2], "frozen": []}
-    for tuning, expected in rates.items():
-        folder = run("--tuning", tuning, "--ast-lr", "3e-5", "--run", f"runs/{tuning}")
-        groups = load(folder / "last.pt")["optimizer"]["param_groups"]
-        assert [group["initial_lr"] for group in groups] == expected
-        assert all(group["fused"] is True for group in groups)
-        assert [len(group["params"]) for group in groups] == [7, *in_ast[tuning]]
 
 
 # ---------------------------------------------------------------- runs
@@ -216,12 +164,6 @@ def results(folder: Path) -> dict[str, bytes]:
 def column(folder: Path, name: str) -> list[float]:
     header, *rows = rows_of(folder / "log.csv")
     return [float(row[header.index(name)]) for row in rows]
-
-
-def test_training_learns_to_tell_the_classes_apart(small):
-    small_machines("fan", n_train=12)
-    losses = column(run("--epochs", "16", "--time-mask", "0", "--freq-mask", "0"), "loss")
-    assert losses[-1] < 0.7 * losses[0]
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_one_others(small):
@@ -254,20 +196,10 @@ def test_warm_up_is_linear_and_then_constant(small):
 def test_the_record_of_a_run_tells_how_it_was_made(small):
     small_machines("fan")
     record = json.loads((run() / "args.json").read_text())
-    assert (record["args"]["rank"], record["args"]["seed"]) == (64, 0)
-    assert record["args"]["precision"] == "float32"
+    assert (record["args"]["rank"], record["args"]["precision"]) == (64, "float32")
     assert record["classes"] == [f"fan/mode_{mode:02d}" for mode in range(7)]
     assert record["clips"] == {"fan": 7} and len(record["weights_sha256"]) == 64
     assert record["versions"]["torch"] == torch.__version__
-
-
-def test_one_class_alone_is_refused_with_the_ways_out(small, capsys):
-    small_machines("fan")
-    for i, clip in enumerate(list_clips("data", "fan", "train")):
-        clip.path.rename(clip.path.with_name(f"recording {i}.wav"))
-    message = refusal(capsys)
-    assert "train jointly with other machines" in message and "--pretrained" in message
-    assert not Path("runs").exists()
 
 
 def test_a_bad_clip_is_named_and_nothing_hinders_the_mended_run(small, capsys):
@@ -356,20 +288,16 @@ def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(small, mon
     assert sorted(path.name for path in folder.iterdir()) == left
 
 
-@pytest.mark.parametrize(
-    ("flags", "difference"),
-    [
-        (["--lr", "0.5"], "lr was 0.001, is 0.5"),
-        (["--layers", "1"], "layers was None, is [1]"),
-        (["--seed", "3"], "seed was 0, is 3"),
-        (["--epochs", "1"], "it has 2 epochs already"),
-    ],
-)
-def test_continuing_with_other_arguments_is_refused(small, capsys, flags, difference):
+DIFFERENCES = {"--lr 0.5": "lr was 0.001, is 0.5", "--layers 1": "layers was None, is [1]",
+               "--seed 3": "seed was 0, is 3", "--epochs 1": "it has 2 epochs already"}  # fmt: skip
+
+
+@pytest.mark.parametrize("flags", DIFFERENCES)
+def test_continuing_with_other_arguments_is_refused(small, capsys, flags):
     small_machines("fan")
     before = results(run())
-    message = refusal(capsys, *flags)
-    assert f"runs/fan holds another run ({difference}): delete the folder" in message
+    message = refusal(capsys, *flags.split())
+    assert f"runs/fan holds another run ({DIFFERENCES[flags]}): delete the folder" in message
     assert results(Path("runs/fan")) == before
 
 
@@ -387,29 +315,23 @@ def test_continuing_with_other_clips_or_weights_is_refused(small, capsys):
 
 
 def test_what_was_trained_in_bfloat16_is_not_continued_in_float32(small, capsys):
-    """The record says which it was; cuda and cuda:1 are the same, cuda and cpu are not."""
     small_machines("fan")
-    change_args(run(), precision="bfloat16", device="cuda:1")
+    path = run() / "args.json"
+    path.write_text(path.read_text().replace('"float32"', '"bfloat16"'))
     assert "precision was bfloat16, is float32" in refusal(capsys, "--epochs", "3")
-    change_args(Path("runs/fan"), precision="float32")
-    run("--epochs", "3")
 
 
-@pytest.mark.parametrize("micro_batch", ["4", "3"])
+@pytest.mark.parametrize(("micro_batch", "epochs"), [("4", 2), ("3", 1)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
-    small, monkeypatch, capsys, micro_batch
+    small, monkeypatch, capsys, micro_batch, epochs
 ):
+    """The fifth call of ArcFace is in the third epoch, or in the second."""
     small_machines("fan")
-    forward, calls = ArcFace.forward, []
-
-    def explode(self, embedding, labels):
-        calls.append(1)
-        return forward(self, embedding, labels) * (math.nan if len(calls) == 5 else 1)
-
-    monkeypatch.setattr(ArcFace, "forward", explode)
+    forward, factors = ArcFace.forward, iter([1, 1, 1, 1, math.nan])
+    monkeypatch.setattr(ArcFace, "forward", lambda *args: forward(*args) * next(factors))
     message = refusal(capsys, "--micro-batch", micro_batch, "--epochs", "3")
     assert "the loss is not finite: start a run with a smaller --lr" in message
-    assert len(load("runs/fan/last.pt")["log"]) == {"4": 2, "3": 1}[micro_batch]
+    assert len(load("runs/fan/last.pt")["log"]) == epochs
     assert not Path("runs/fan/adapter.pt").exists()
 
 
@@ -419,8 +341,7 @@ def test_a_write_that_fails_leaves_the_last_good_checkpoint(small, monkeypatch, 
     torch_save, calls = torch.save, []
 
     def fail(state, file):
-        calls.append(1)
-        torch_save(state, file)
+        calls.append(torch_save(state, file))
         if len(calls) == 2:
             raise OSError(28, "No space left on device")
 
@@ -483,12 +404,6 @@ def test_ctrl_c_ends_in_one_line(small):
 # ---------------------------------------------------------------- loading
 
 
-def change_args(folder: Path, **changes) -> None:
-    record = json.loads((folder / "args.json").read_text())
-    record["args"] |= changes
-    (folder / "args.json").write_text(json.dumps(record))
-
-
 def test_a_run_is_loaded_as_it_was_trained(small):
     small_machines("fan")
     flags = ["--rank", "4", "--alpha", "6", "--targets", "v", "fc1", "--layers", "1"]
@@ -497,15 +412,6 @@ def test_a_run_is_loaded_as_it_was_trained(small):
     assert args.layers == [1] and sum(name.startswith("ast.") for name in state) == 2 * 2
     assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in state.items())
     assert model.ast.blocks[1].attn.v.scaling == 1.5
-
-
-@pytest.mark.parametrize("changes", [{"rank": 8}, {"layers": [0]}, {"tuning": "full"}])
-def test_an_adapter_that_does_not_fit_is_refused(small, changes):
-    small_machines("fan")
-    folder = run()
-    change_args(folder, **changes)
-    with pytest.raises(ValueError, match="another size was trained"):
-        load_run(folder)
 
 
 def test_other_weights_than_trained_on_are_refused(small):
@@ -521,81 +427,62 @@ def test_other_weights_than_trained_on_are_refused(small):
 def test_a_damaged_or_hostile_adapter_is_refused(small):
     small_machines("fan")
     path = run() / "adapter.pt"
-    content = path.read_bytes()
-    path.write_bytes(content[: len(content) // 2])
-    with pytest.raises(ValueError, match=r"adapter\.pt is damaged, or no file of ours"):
-        load_run("runs/fan")
+    damaged = path.read_bytes()[:-1000]
     torch.save({"linear.bias": Path("x")}, path)
-    with pytest.raises(ValueError, match=r"adapter\.pt is damaged, or no file of ours"):
-        load_run("runs/fan")
+    for content in (path.read_bytes(), damaged):
+        path.write_bytes(content)
+        with pytest.raises(ValueError, match=r"adapter\.pt is damaged, or no file of ours"):
+            load_run("runs/fan")
 
 
 # ---------------------------------------------------------------- what a GPU does, without one
 
 
 def test_a_step_in_bfloat16_keeps_float32_where_it_matters(small, monkeypatch):
-    """The autocast that a GPU has, on the CPU: parameters, gradients, embedding and logits are
-    float32, attention is not, and the loss is within 1 % of float32's.
+    """The autocast that a GPU has, on the CPU: attention is in bfloat16, embeddings and logits are
+    float32, and the loss is within 1 % of float32's.
     """
     small_machines("fan")
-    flags = ["--time-mask", "0", "--freq-mask", "0", "--epochs", "3", "--lr", "0.003"]
-    in_float32 = column(run(*flags), "loss")
-    autocast, forward, step = torch.autocast, ArcFace.forward, torch.optim.AdamW.step
-    attention, outside, inside = F.scaled_dot_product_attention, set(), set()
+    in_float32 = column(run(), "loss")
+    autocast, attention, forward = torch.autocast, F.scaled_dot_product_attention, ArcFace.forward
+    inside, outside = set(), set()
 
     def always(device, dtype, enabled):
         assert (device, dtype, enabled) == ("cpu", torch.bfloat16, False)
         return autocast(device, dtype)
+
+    def seen_attention(q, k, v):
+        inside.update({q.dtype, k.dtype, v.dtype})
+        return attention(q, k, v)
 
     def seen_forward(self, embedding, labels):
         logits = forward(self, embedding, labels)
         outside.update({embedding.dtype, logits.dtype})
         return logits
 
-    def seen_step(self, *args):
-        for group in self.param_groups:
-            outside.update(x.dtype for p in group["params"] for x in (p, p.grad))
-        return step(self, *args)
-
-    def seen_attention(q, k, v):
-        inside.update({q.dtype, k.dtype, v.dtype})
-        return attention(q, k, v)
-
     monkeypatch.setattr(torch, "autocast", always)
-    monkeypatch.setattr(ArcFace, "forward", seen_forward)
-    monkeypatch.setattr(torch.optim.AdamW, "step", seen_step)
     monkeypatch.setattr(F, "scaled_dot_product_attention", seen_attention)
-    losses = column(run(*flags, "--run", "runs/bfloat16"), "loss")
-    assert outside == {torch.float32} and inside == {torch.bfloat16}
-    assert losses[0] != in_float32[0] and losses[0] == pytest.approx(in_float32[0], rel=0.01)
-    assert losses[2] < losses[0]
+    monkeypatch.setattr(ArcFace, "forward", seen_forward)
+    losses = column(run("--run", "runs/bfloat16"), "loss")
+    assert inside == {torch.bfloat16} and outside == {torch.float32}
+    assert losses[0] != in_float32[0] and losses == pytest.approx(in_float32, rel=0.01)
 
 
 def test_compile_keeps_a_static_graph_for_full_batches(small, monkeypatch):
     """Batches of 3, 3 and 2 clips in two epochs: one graph for 3, one for 2, and no other."""
     small_machines("fan", n_train=8)
     without = column(run("--batch-size", "3"), "loss")
-    graphs, calls, compile_ = [], [], torch.nn.Module.compile
+    sizes, compile_ = [], torch.nn.Module.compile
 
     def backend(graph, inputs):
-        number = len(graphs)
-        graphs.append(graph)
+        sizes.extend(len(x) for x in inputs if x.shape[1:] == (96, 128))
+        return graph.forward
 
-        def call(*arguments):
-            sizes = [len(x) for x in arguments if x.shape[1:] == (96, 128)]
-            calls.append((*sizes, number))
-            return graph.forward(*arguments)
-
-        return call
-
-    def counted(self, **options):
-        compile_(self, backend=backend, **options)
-
+    counted = lambda self, **options: compile_(self, backend=backend, **options)  # noqa: E731
     monkeypatch.setattr(torch.nn.Module, "compile", counted)
     torch._dynamo.reset()
     losses = column(run("--batch-size", "3", "--compile", "--run", "runs/compiled"), "loss")
-    assert calls == [(3, 0), (3, 0), (2, 1)] * 2
-    assert losses == pytest.approx(without, rel=1e-5)
+    assert sizes == [3, 2] and losses == pytest.approx(without, rel=1e-5)
 
 
 def test_four_processes_read_for_a_gpu_with_one_batch_each_in_waiting():
