@@ -5,13 +5,11 @@
     python tests/demo.py --all              # five machines x three seeds x four rows
     python tests/demo.py --all --machine ToyCar --data data     # the same rows, on real clips
 
-Writes the sounds of a machine to data/demo/<name> in the challenge's layout, then runs the ordinary
-commands, each printed before it runs, with a tiny AST of 3 blocks and 64 dimensions. This was
-taught to tag general sounds (voices, music, rain, engines; tests/pretrain.py at commit e2820ac), no
-machine of this file among them. Its numbers are no numbers of DCASE.
-
-The rates were chosen on the names fan, pump, valve and gearbox, for each trained row the best of
-1e-3, 3e-3 and 1e-2 (--choose at commit e2820ac), before --all was run once on five other names.
+Writes a machine's sounds to data/demo in the challenge's layout, then runs the ordinary commands,
+each printed before it runs, with a tiny AST of 3 blocks and 64 dimensions that was taught to tag
+general sounds (voices, music, rain, engines; tests/pretrain.py at commit e2820ac), none of these
+machines among them. The rates were chosen on the names fan, pump, valve and gearbox, for each
+trained row the best of 1e-3, 3e-3 and 1e-2 (--choose at e2820ac), before --all was run once.
 """
 
 import argparse
@@ -170,21 +168,22 @@ def make_machine(
     for domain in ("source", "target"):
         places[domain] = (random.normal(0, 1.5, 9), random.uniform(-3, 1))
     part = folder.with_name(f".{name}.part")
+    for split in ("train", "test"):
+        (part / split).mkdir(parents=True, exist_ok=True)
 
     def write(split: str, domain: str, fault: str | None, index: int, mode: int) -> None:
         sound = recorded(random, modes[mode], *places[domain])
         if fault:
             sound = with_fault(random, sound, fault)
-        label = "anomaly" if fault else "normal"
-        path = part / split / f"section_00_{domain}_{split}_{label}_{index:04d}_mode_{mode:02d}.wav"
-        path.parent.mkdir(parents=True, exist_ok=True)
         wave = synthesise(random, sound, seconds)
         samples = np.clip(np.round(wave * 32768), -32768, 32767).astype(np.int16)
+        what = f"{domain}_{split}_{'anomaly' if fault else 'normal'}"
+        path = part / split / f"section_00_{what}_{index:04d}_mode_{mode:02d}.wav"
         wavfile.write(path, data.SAMPLE_RATE, samples)
 
-    n_source = n_train - max(3, n_train // 14)
     for i in range(n_train):
-        write("train", "source" if i < n_source else "target", None, i, i % MODES)
+        domain = "source" if i < n_train - max(3, n_train // 14) else "target"
+        write("train", domain, None, i, i % MODES)
     for i in range(n_test):
         for domain in ("source", "target"):
             write("test", domain, None, i, i % MODES)
@@ -225,8 +224,8 @@ def numbers_of(root: str, machine: str, row: str, seed: int = 0, how: str = "non
         command(score, f"{places} --normalize {how} --device cpu" + " --plot" * drawn)
     command(evaluate, places)
     with open(run / "metrics.csv", newline="") as file:
-        line = next(csv.DictReader(file))
-    return [100 * float(line[name]) for name in NUMBERS]
+        metrics = next(csv.DictReader(file))
+    return [100 * float(metrics[name]) for name in NUMBERS]
 
 
 def compare(machines: list[str], root: str) -> None:
@@ -240,25 +239,25 @@ def compare(machines: list[str], root: str) -> None:
     for job in tqdm(jobs, "runs"):
         with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
             found[job] = numbers_of(root, *job)
-    lines, scores = [], {}
+    table, scores = {}, {}
     for how in ("none", "density"):
         for row in ROWS:
             trials = [numbers for job, numbers in found.items() if job[1::2] == (row, how)]
             spread = np.std(trials, axis=0, ddof=1) if len(trials) > 1 else [np.nan] * 4
             cells = [f"{m:.1f} ± {s:.1f}" for m, s in zip(np.mean(trials, axis=0), spread)]
-            lines.append((f"{row}, {how}", cells))
+            table[f"{row}, {how}"] = cells
             scores[row] = np.reshape([n[0] for n in trials], (len(machines), -1)).mean(axis=1)
         for row in ("as it is", "frozen", "full") if len(machines) > 1 else ():
             gain = scores["LoRA"] - scores[row]  # of each machine
             error = gain.std(ddof=1) / len(gain) ** 0.5
             print(f"LoRA minus {row}, {how}: {gain.mean():.1f} ± {error:.1f} (standard error)")
-    print_table(lines)
+    print_table(table)
 
 
-def print_table(lines: list[tuple[str, list[str]]]) -> None:
+def print_table(table: dict[str, list[str]]) -> None:
     print("\n| row | official score, % | AUC source | AUC target | pAUC |")
     print("| --- | ---: | ---: | ---: | ---: |")
-    for row, cells in lines:
+    for row, cells in table.items():
         print(f"| {row} | {' | '.join(cells)} |")
 
 
@@ -270,18 +269,16 @@ def main(argv: list[str] | None = None) -> None:
     add("--all", action="store_true", help=f"{', '.join(MACHINES)}; four rows, seeds 0, 1, 2")
     args = parser.parse_args(argv)
     machines = args.machine or (MACHINES if args.all else ["fan"])
-    root = args.data or "data/demo"
     for machine in machines if args.data is None else []:
-        make_machine(root, machine)
+        make_machine("data/demo", machine)
+    root = args.data or "data/demo"
     if args.all:
-        compare(machines, root)
-        return
-    lines = []
+        return compare(machines, root)
+    table = {}
     for row in ("as it is", "frozen", "LoRA"):
-        numbers = numbers_of(root, machines[0], row)
-        lines.append((row, [f"{number:.1f}" for number in numbers]))
+        table[row] = [f"{number:.1f}" for number in numbers_of(root, machines[0], row)]
     print("\nMade-up sounds and a tiny AST: no numbers of DCASE.")
-    print_table(lines)
+    print_table(table)
 
 
 if __name__ == "__main__":
