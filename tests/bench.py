@@ -1,15 +1,14 @@
 """How fast, beside what one would use instead: transformers' AST with peft's LoRA.
 
-    pip install transformers peft          # optional: rows that need them are left out
-    python tests/bench.py                  # made for a GPU; a few minutes on two CPU cores
+    pip install transformers peft && python tests/bench.py
 
-Prints one Markdown table. Both sides of a ratio are measured in turn, in this one process, on the
-same input; each is the median of its rounds. The weights are random: speed does not depend on them.
+Made for a GPU; a few minutes on two CPU cores. Prints one Markdown table. Both sides of a ratio are
+measured in turn, in this one process, on the same input; each is the median of its rounds. The
+weights are random: speed does not depend on them.
 """
 
 import argparse
 import contextlib
-import importlib.util
 import re
 import statistics
 import sys
@@ -18,8 +17,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+import peft
 import torch
 import torch.nn.functional as F
+import transformers
 from scipy.io import wavfile
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -35,19 +36,17 @@ from lora import merge_lora  # noqa: E402
 GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda" if GPU else "cpu")
 BATCH, ROUNDS, CLIPS = (32, 15, 3200) if GPU else (1, 3, 8)
-HAVE_THEIRS = all(importlib.util.find_spec(name) for name in ("transformers", "peft"))
 ROWS = []
 
 
-def row(what: str, ours: str, theirs: str = "", ratio: str = "") -> None:
-    ROWS.append(f"| {what} | {ours} | {theirs} | {ratio} |")
+def row(*cells: str) -> None:
+    """What was measured, ours, what it is compared with, the ratio."""
+    ROWS.append(f"| {' | '.join(cells)} |")
     print(ROWS[-1], file=sys.stderr)
 
 
 def seconds(*functions, rounds: int = ROUNDS) -> list[float]:
-    """Median time of each function, called in turn: a b, b a, a b, ...; the first round is left
-    out.
-    """
+    """Median time of each function, called in turn: a b, b a, ...; the first round is left out."""
     times = {function: [] for function in functions}
     for i in range(rounds + 1):
         for function in functions if i % 2 else functions[::-1]:
@@ -69,17 +68,11 @@ def memory(function) -> str:
     return f"{(torch.cuda.max_memory_allocated() - before) / 2**30:.1f} GiB"
 
 
-# ---------------------------------------------------------------- the two sides
-
-
 class Theirs(torch.nn.Module):
     """transformers' ASTModel and peft's LoRA under our head."""
 
     def __init__(self, ours: Embedder, tuning: str):
         super().__init__()
-        import peft
-        import transformers
-
         config = transformers.ASTConfig(attn_implementation="sdpa")
         self.ast = transformers.ASTModel(config).requires_grad_(tuning == "full")
         if tuning == "lora":
@@ -106,9 +99,6 @@ def make_step(args: argparse.Namespace, x: torch.Tensor, theirs=False, micro_bat
     return lambda: train.train_step(model, arcface, optimizer, x, y, micro_batch)
 
 
-# ---------------------------------------------------------------- what is measured
-
-
 def steps() -> float:
     """Training steps of every --tuning -> seconds of a LoRA step."""
     x = torch.randn(BATCH, 1024, 128, device=DEVICE)
@@ -116,19 +106,15 @@ def steps() -> float:
     for flags in ("lora", "full", "frozen", *["lora --compile", "full --compile"] * GPU):
         args = parse("--tuning", *flags.split())
         ours = make_step(args, x)
-        what, peak = f"step, {flags}, batch {BATCH}", memory(ours)
-        if HAVE_THEIRS and not args.compile:
-            theirs = make_step(args, x, theirs=True)
-            their_peak = memory(theirs)
-            found[flags], t = seconds(ours, theirs)
-            row(what, f"{found[flags]:.3g} s, {peak}", f"{t:.3g} s, {their_peak}",
-                f"{t / found[flags]:.2f}")  # fmt: skip
-        else:
-            found[flags] = seconds(ours)[0]
-            row(what, f"{found[flags]:.3g} s, {peak}")
+        peak = memory(ours)  # of a first step, which also makes the optimizer's state
+        theirs = make_step(args, x, theirs=True)
+        their_peak = memory(theirs)
+        found[flags], t = seconds(ours, theirs)
+        row(f"step, {flags}, batch {BATCH}", f"{found[flags]:.3g} s, {peak}",
+            f"{t:.3g} s, {their_peak}", f"{t / found[flags]:.2f}")  # fmt: skip
     if GPU:
         parts = make_step(parse(), x, micro_batch=8)
-        row("step, lora, --micro-batch 8", f"{seconds(parts)[0]:.3g} s, {memory(parts)}")
+        row("step, lora, --micro-batch 8", f"{seconds(parts)[0]:.3g} s, {memory(parts)}", "", "")
     with FlopCounterMode(display=False) as counter:
         make_step(parse(), x[:1])()
     n, dtype = (8192, torch.bfloat16) if GPU else (4096, torch.float32)
@@ -144,10 +130,9 @@ def epochs(folder: Path, step: float) -> None:
     """Clips a second of train.py's second epoch, from WAV files, beside bare steps."""
     bare = BATCH / step
     for workers in (2, 4, 8) if GPU else (0,):
-        ends, run = [], folder / f"run{workers}"
+        ends, run, save_epoch = [], folder / f"run{workers}", train.save_epoch
         argv = ["--machine", "pump", "--data", str(folder), "--weights", str(folder / "ast")]
         argv += ["--run", str(run), "--epochs", "2", "--batch-size", str(BATCH)]
-        save_epoch = train.save_epoch
         train.save_epoch = lambda *a: (save_epoch(*a), ends.append(time.perf_counter()))  # noqa: B023
         train.main([*argv, "--workers", str(workers)])
         train.save_epoch = save_epoch
@@ -156,31 +141,21 @@ def epochs(folder: Path, step: float) -> None:
             f"bare steps {bare:.3g}", f"{rate / bare:.0%}")  # fmt: skip
     hours = 14_000 * 25 / rate / 3600  # 14 machines, 25 epochs
     row("hours of training: one machine; joint model; 48 of these",
-        f"{hours / 14:.2g}; {hours:.2g}; {48 * hours:.3g}")  # fmt: skip
+        f"{hours / 14:.2g}; {hours:.2g}; {48 * hours:.3g}", "", "")  # fmt: skip
 
 
 def scoring(folder: Path) -> None:
-    """Windows a second from WAV files, beside the network alone."""
+    """Windows a second from WAV files, and the distances of their embeddings."""
     model = train.make_model(parse())
     merge_lora(model.ast)
-    model, batch = model.to(DEVICE).eval(), 32 if GPU else 4
-    clips = data.list_clips(folder, "pump", "train")[: 16 * batch if GPU else batch]
-    x = torch.randn(batch, 1024, 128, device=DEVICE)
-
-    @torch.inference_mode()
-    def alone() -> None:
-        for _ in range(len(clips) // batch):
-            model(x)
-
-    ours, bare = seconds(lambda: list(score.embed(model, clips, batch, None)), alone, rounds=2)
-    row("embedding WAV files in float32", f"{len(clips) / ours:.3g} clips/s",
-        f"alone {len(clips) / bare:.3g}", f"{bare / ours:.0%}")  # fmt: skip
-    for n in (1_000, 20_000):
-        e = F.normalize(torch.randn(n, 256)).numpy()
-        domain = np.array(["source"] * n, object)
-        arguments = (e[: n // 4], e, np.arange(n), domain, 1, "none")
-        took = seconds(lambda a=arguments: score.anomaly_scores(*a), rounds=1)[0]
-        row(f"scoring {n // 4:,} embeddings against {n:,}", f"{took:.2g} s")
+    model, batch = model.to(DEVICE), 32 if GPU else 4
+    clips = data.list_clips(folder, "pump", "train")[: 16 * batch]
+    took = seconds(lambda: list(score.embed(model, clips, batch, None)), rounds=1)[0]
+    row("embedding WAV files in float32", f"{len(clips) / took:.3g} clips/s", "", "")
+    e = F.normalize(torch.randn(20_000, 256)).numpy()
+    arguments = (e[:5000], e, np.arange(20_000), np.array(["source"] * 20_000, object), 1, "none")
+    took = seconds(lambda: score.anomaly_scores(*arguments), rounds=1)[0]
+    row("scoring 5,000 embeddings against 20,000", f"{took:.2g} s", "", "")
 
 
 def parse(*flags: str) -> argparse.Namespace:
@@ -200,8 +175,7 @@ def main() -> None:
     torch.manual_seed(0)
     write_ast(folder / "ast", AST())
     with contextlib.redirect_stdout(sys.stderr):
-        step = steps()
-        epochs(folder, step)
+        epochs(folder, steps())
         scoring(folder)
     cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     name = torch.cuda.get_device_name() if GPU else f"{cpu}, {torch.get_num_threads()} threads"

@@ -23,23 +23,14 @@ from torchaudio.compliance.kaldi import fbank
 def read(path) -> Tensor:
     """A 16 kHz mono file of int16 or of float32 in [-1, 1]."""
     _, samples = wavfile.read(path)
-    return torch.from_numpy(
-        samples.astype(np.float32) / (32768 if samples.dtype == np.int16 else 1)
-    )
+    full_scale = 32768 if samples.dtype == np.int16 else 1
+    return torch.from_numpy(samples.astype(np.float32) / full_scale)
 
 
 def mel_frames(wave: Tensor) -> Tensor:
     """(T, 128), the call of the official AST."""
-    return fbank(
-        wave[None],
-        htk_compat=True,
-        sample_frequency=16000,
-        use_energy=False,
-        window_type="hanning",
-        num_mel_bins=128,
-        dither=0.0,
-        frame_shift=10,
-    )
+    return fbank(wave[None], htk_compat=True, sample_frequency=16000, use_energy=False,
+                 window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)  # fmt: skip
 
 
 def network_input(frames: Tensor) -> Tensor:
@@ -49,9 +40,8 @@ def network_input(frames: Tensor) -> Tensor:
 def tokens(w: dict[str, Tensor], x: Tensor, scaling: float) -> Tensor:
     """x (B, 1024, 128) -> (B, 1214, D): a ViT from its weights, with scaling · B A added where w
     has A and B."""
-    patches = F.conv2d(
-        x.transpose(1, 2)[:, None], w["patch_embed.weight"], w["patch_embed.bias"], stride=10
-    )
+    image = x.transpose(1, 2)[:, None]
+    patches = F.conv2d(image, w["patch_embed.weight"], w["patch_embed.bias"], stride=10)
     patches = patches.flatten(2).transpose(1, 2)
     first = torch.cat([w["cls_token"], w["dist_token"]], 1).expand(len(x), -1, -1)
     z = torch.cat([first, patches], 1) + w["pos_embed"]
@@ -67,9 +57,8 @@ def tokens(w: dict[str, Tensor], x: Tensor, scaling: float) -> Tensor:
 
     for i in range(sum(name.endswith("norm1.weight") for name in w)):
         n = norm(f"blocks.{i}.norm1", z)
-        q, k, v = (
-            linear(f"blocks.{i}.attn.{c}", n).unflatten(2, (-1, 64)).transpose(1, 2) for c in "qkv"
-        )
+        q, k, v = (linear(f"blocks.{i}.attn.{c}", n) for c in "qkv")
+        q, k, v = (u.unflatten(2, (-1, 64)).transpose(1, 2) for u in (q, k, v))
         attended = (q @ k.transpose(2, 3) / 8).softmax(3) @ v
         z = z + linear(f"blocks.{i}.attn.proj", attended.transpose(1, 2).flatten(2))
         h = linear(f"blocks.{i}.mlp.fc1", norm(f"blocks.{i}.norm2", z))
@@ -77,9 +66,7 @@ def tokens(w: dict[str, Tensor], x: Tensor, scaling: float) -> Tensor:
     return norm("norm", z)
 
 
-def embedding(
-    w: dict[str, Tensor], head: dict[str, Tensor], x: Tensor, scaling: float = 1.0
-) -> Tensor:
+def embedding(w: dict, head: dict | None, x: Tensor, scaling: float = 1.0) -> Tensor:
     """Unit length (B, E). head {}: the mean of the class tokens; None: that of the patches."""
     z = tokens(w, x, scaling)
     if head is None:
@@ -100,25 +87,8 @@ def embedding(
 # ---------------------------------------------------------------- training
 
 
-def train(
-    waves: list[Tensor],
-    labels: list[int],
-    public: dict[str, Tensor],
-    *,
-    tuning: str,
-    epochs: int,
-    batch: int,
-    seed: int,
-    lr: float,
-    ast_lr: float,
-    warmup: int,
-    rank: int,
-    alpha: float,
-    masks: tuple[int, int],
-    scale: float,
-    margin: float,
-    weight_decay: float,
-):
+def train(waves, labels, public, *, tuning, epochs, batch, seed, lr, ast_lr, warmup, rank, alpha,
+          masks, scale, margin, weight_decay):  # fmt: skip
     """-> (weights of the AST with adapters, head, class centres, log).
 
     The log has (epoch, step, rate of its last step, mean loss) for each epoch.
@@ -138,22 +108,16 @@ def train(
             trained[name + ".B"] = torch.zeros(D, rank)
     if tuning == "full":
         trained |= w
-    sizes = {
-        "pooling.W1_token": (D, 128, True),
-        "pooling.W1_context": (2 * D, 128, False),
-        "pooling.W2": (128, D, False),
-        "linear": (2 * D, E, True),
-    }
+    sizes = {"pooling.W1_token": (D, 128, True), "pooling.W1_context": (2 * D, 128, False),
+             "pooling.W2": (128, D, False), "linear": (2 * D, E, True)}  # fmt: skip
     head = {}
     for name, (fan_in, fan_out, bias) in sizes.items():
         head[name + ".weight"] = uniform(fan_out, fan_in, bound=1 / math.sqrt(fan_in))
         if bias:
             head[name + ".bias"] = uniform(fan_out, bound=1 / math.sqrt(fan_in))
     centres = uniform(C, E, bound=math.sqrt(6 / (C + E)))
-    groups = [
-        (list(trained.values()), ast_lr if tuning == "full" else lr),
-        ([*head.values(), centres], lr),
-    ]
+    ast_rate = ast_lr if tuning == "full" else lr
+    groups = [(list(trained.values()), ast_rate), ([*head.values(), centres], lr)]
     for parameter in (p for group, _ in groups for p in group):
         parameter.requires_grad_()
     w |= trained
@@ -204,9 +168,7 @@ def train(
 # ---------------------------------------------------------------- scoring
 
 
-def embed(
-    w: dict[str, Tensor], head: dict[str, Tensor], wave: Tensor, scaling: float = 1.0
-) -> list[np.ndarray]:
+def embed(w: dict, head: dict | None, wave: Tensor, scaling: float = 1.0) -> list[np.ndarray]:
     """The embeddings of the fewest evenly spaced windows of 1024 frames that cover the clip."""
     frames = mel_frames(wave)
     count = math.ceil(len(frames) / 1024)
@@ -227,13 +189,7 @@ def neighbours(query: np.ndarray, bank: list[np.ndarray], k: int) -> float:
     return found.kneighbors(query[None])[0].mean()
 
 
-def score(
-    train: list[list[np.ndarray]],
-    test: list[list[np.ndarray]],
-    is_target: list[bool],
-    normalize: str = "none",
-    k: int = 1,
-) -> tuple[np.ndarray, float, np.ndarray]:
+def score(train: list[list], test: list[list], is_target: list[bool], normalize: str, k: int):
     """Clips as lists of windows -> (score of each test clip, threshold, its most anomalous window).
 
     Every window by itself, in loops: one window, one bank, one back-end at a time.

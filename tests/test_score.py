@@ -54,14 +54,6 @@ def one_window_each(
 # ---------------------------------------------------------------- neighbours
 
 
-def test_distances_are_those_of_the_cosine():
-    """Test windows at 10° and 90°, training windows at 0°, 40°, 100°."""
-    found = distances(at(10, 90), at(0, 40, 100))
-    expected = [[d(10), d(30), d(90)], [d(90), d(50), d(10)]]
-    assert found.dtype == np.float32
-    np.testing.assert_allclose(found, expected, atol=1e-6)
-
-
 def test_a_distance_is_never_negative():
     rows = np.random.default_rng(0).normal(size=(500, 64)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
