@@ -209,21 +209,17 @@ def scored_with(rows: list[dict]) -> str:
 
 
 def table(trials: list[list[dict]]) -> str:
-    """Markdown: the machines in columns, over the trials of one setting."""
-    rows = trials[0]
-    lines = [
-        f"### {scored_with(rows)}",
-        "",
-        f"| % | {' | '.join(row['machine'] for row in rows)} |",
-    ]
-    lines += ["| --- |" + " ---: |" * len(rows)]
-    for key, title in (NUMBERS | {"harmonic_mean": "harmonic mean"}).items():
-        cells = [percent([trial[i][key] for trial in trials]) for i in range(len(rows))]
-        lines.append(f"| {title} | {' | '.join(cells)} |")
+    """Markdown: a line for each machine, over the trials of one setting."""
+    columns = NUMBERS | {"harmonic_mean": "harmonic mean"}
+    lines = [f"### {scored_with(trials[0])}", "", f"| % | {' | '.join(columns.values())} |"]
+    lines.append("| --- |" + " ---: |" * len(columns))
+    for rows in zip(*trials):  # of one machine
+        cells = [percent([row[key] for row in rows]) for key in columns]
+        lines.append(f"| {rows[0]['machine']} | {' | '.join(cells)} |")
     lines.append("")
-    for which in dict.fromkeys(row["set"] for row in rows if row["set"] != "own"):
+    for which in dict.fromkeys(row["set"] for row in trials[0] if row["set"] != "own"):
         lines.append(f"{which}, official score: {official(which, trials)}")
-    for row in rows if len(trials) == 1 else []:
+    for row in trials[0] if len(trials) == 1 else []:
         if "missed" in row:
             wrong = f"{row['missed']} anomalies missed, {row['false_alarms']} false alarms"
             lines.append(f"{row['machine']}: {wrong}")

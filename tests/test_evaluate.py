@@ -256,9 +256,9 @@ def test_the_table_of_one_run(tmp_path, capsys):
     write(tmp_path / "data" / "grinder" / "labels.csv", [])  # its names tell, for once
     out = table(capsys, "--machine", *machines, "--run", run)
     rows = {m: evaluate_machine(m, Path(run))[0] for m in machines}
-    assert "| % | fan | valve | grinder |\n| --- | ---: | ---: | ---: |\n" in out
-    cells = [f"{100 * rows[machine]['auc_target']:.2f}" for machine in machines]
-    assert f"| AUC target | {' | '.join(cells)} |" in out
+    assert "| % | AUC source | AUC target | pAUC | harmonic mean |\n| --- | ---: |" in out
+    cells = [f"{100 * rows['valve'][key]:.2f}" for key in (*NUMBERS, "harmonic_mean")]
+    assert f"| valve | {' | '.join(cells)} |" in out
     total = official_score([rows["fan"], rows["valve"]])
     assert f"dev, official score: **{100 * total:.2f}** (n = 1), partial (2/7)" in out
     assert "eval, official score" in out
@@ -321,5 +321,5 @@ def test_undefined_numbers_print_n_a_and_make_the_total_partial(tmp_path, capsys
     names = [f"section_00_source_test_{label}_0000_x.wav" for label in ("normal", "anomaly")]
     run = scored(tmp_path / "run", "fan", dict(zip(names, [1, 2])))
     out = table(capsys, "--machine", "fan", "--run", str(run))
-    assert "| AUC target | n/a |" in out
+    assert "| fan | 100.00 | n/a | 100.00 | 100.00 |" in out
     assert "**100.00** (n = 1), partial (1/7; 1 of 3 values undefined)" in out

@@ -476,6 +476,6 @@ def test_the_real_clips_go_through_all_three_scripts(small, capsys):
     evaluate.main(["--machine", "dev"])
     out = capsys.readouterr().out
     assert "fan: 2 test clips against 2 train clips" in out
-    assert "| AUC source | n/a | n/a | " in out and "partial (11 of 21 values undefined)" in out
+    assert "| fan | n/a | " in out and "partial (11 of 21 values undefined)" in out
     for machine in data.DEV:
         assert len(rows_of(f"runs/dev/anomaly_score_{machine}_section_00_test.csv")) == 2
