@@ -34,23 +34,20 @@ def test_help_tells_every_flag_and_no_none(name, capsys):
         assert re.search(r"[a-z]{3}", text.replace(flag, "")), f"{flag} has no help"
 
 
-def test_the_readmes_settings_are_those_of_train_py(capsys):
-    """Each setting with its default and who chose it, in README.md, in -h and in the parser."""
-    rows = {}
-    for line in README.splitlines():
-        if match := re.match(r"\| `(--[\w-]+)` \| (.*?) \| (.*?) \|", line):
-            rows[match[1]] = match.groups()[1:]
-    parsed = vars(train.make_parser().parse_args(["--machine", "fan"]))
-    help_ = re.sub(r"\s+", " ", train.make_parser().format_help())
-    sourced = re.findall(r"(--[a-z-]+) (?:(?!--).)*?\[([\w' ]+)\]", help_.split("README.md")[1])
-    assert len(sourced) == 19
-    for flag, source in sourced:
-        value = parsed[flag.strip("-").replace("-", "_")]
-        words = {"--alpha": "the rank", "--layers": "all", "--targets": "q v"}
-        assert rows.pop(flag) == (words.get(flag, str(value)), source), flag
-    scoring = vars(score.make_parser().parse_args(["--machine", "fan"]))
-    for flag, (value, _) in rows.items():
-        assert str(scoring[flag.strip("-")] or "cls") == value, flag
+def test_the_readmes_settings_are_those_of_the_parsers():
+    """Each default, and who chose it, as -h says."""
+    found, machine = {}, ["--machine", "fan"]
+    section = README.split("who chose it</summary>")[1].split("**Cost.**")[0]
+    for source, text in re.findall(r"- \*\*([\w' ]+)\*\*(.*?)(?=\n-|\n\n)", section, re.DOTALL):
+        for flag, value in re.findall(r"`(--[\w-]+) ?([^`]*)`", text):
+            module = score if flag in ("--k", "--normalize", "--percentile") else train
+            parser = module.make_parser()
+            same = [flag, *value.split()] if value else []
+            assert parser.parse_args(machine + same) == parser.parse_args(machine), flag
+            help_ = re.sub(r"\s+", " ", parser.format_help())
+            assert re.search(rf" {flag} (?:(?!--).)*?\[([\w' ]+)\]", help_)[1] == source, flag
+            found[flag] = source
+    assert len(found) == 22
 
 
 # The README's shell blocks are run by a real bash, in which `python` is a function: it hands its
