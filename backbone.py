@@ -143,8 +143,8 @@ class AttentiveStatisticsPooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = tokens[:, 2:]  # (B, 1212, D)
-        std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D), unweighted
-        context = self.W1_context(torch.cat([mean, std], dim=2))  # (B, 1, hidden)
+        plain_std, plain_mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D)
+        context = self.W1_context(torch.cat([plain_mean, plain_std], dim=2))  # (B, 1, hidden)
         a = self.W2(torch.tanh(self.W1_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
 
         mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
@@ -167,11 +167,11 @@ class Embedder(nn.Module):
         self.ast = ast
         dim = ast.norm.weight.numel()
         if pooling == "asp":
-            self.pooling, pooled = AttentiveStatisticsPooling(dim), 2 * dim
+            self.pooling, pooled_dim = AttentiveStatisticsPooling(dim), 2 * dim
         else:
             means = {"cls": mean_of_class_tokens, "mean": mean_of_patches}
-            self.pooling, pooled = means[pooling], dim
-        self.linear = nn.Identity() if embedding is None else nn.Linear(pooled, embedding)
+            self.pooling, pooled_dim = means[pooling], dim
+        self.linear = nn.Identity() if embedding is None else nn.Linear(pooled_dim, embedding)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pooling(self.ast(x))

@@ -6,10 +6,10 @@ fan/test/section_00_target_test_anomaly_0022_m-n_W.wav:
     machine     a type of machine (fan); here a folder that holds the folders train and test
     section     a subset of its clips; in 2023 each machine has one, 00
     domain      source, the usual conditions, has 990 training clips of a machine; target, changed
-                conditions, has 10. Test clips come from both, and a score may not use which one.
+                conditions, has 10. Test clips come from both, and scoring must not use the domain.
     attributes  how it ran and was recorded (m-n_W): its speed, its load, the microphone, ...
-    dev, eval   7 machines whose test clips tell by name whether they are normal, and 7 others,
-                whose test clips are only numbered
+    dev, eval   7 machines whose test clips carry their label in the name, and 7 others, whose
+                test clips are only numbered
 
 All training clips are normal. A clip's way to the network:
 
@@ -90,12 +90,13 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
     try:
         content = Path(path).read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # of chunks that it skips
-            warnings.filterwarnings("error", "Reached EOF")  # of a truncated file
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # unknown chunks: fine
+            warnings.filterwarnings("error", "Reached EOF")  # a truncated file: not
             rate, samples = wavfile.read(io.BytesIO(content))
-        channels, size, bits = struct.unpack_from("<2xH8xHH", content, content.index(b"fmt ") + 8)
-        if content[:4] == b"RIFF" and 8 * size != channels * bits:  # scipy would scale them wrongly
-            raise ValueError(f"{bits} bits a sample in {size // channels} bytes")
+        fmt = content.index(b"fmt ") + 8
+        channels, n_bytes, bits = struct.unpack_from("<2xH8xHH", content, fmt)  # of all channels
+        if content[:4] == b"RIFF" and 8 * n_bytes != channels * bits:  # scipy would misread them
+            raise ValueError(f"{bits} bits a sample in {n_bytes // channels} bytes")
     except Exception as error:  # scipy raises many kinds where a header is damaged
         raise ValueError(f"{path} is no WAV file that can be read: {error}") from error
 
@@ -117,8 +118,8 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
 def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
     """What the AST takes of a wave, from sample `start` on: (n_samples,) -> (1024, 128).
 
-    Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py). That also
-    subtracts the mean of the whole wave, which changes nothing: each frame loses its own.
+    Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py). The loader
+    also subtracts the mean of the whole wave, which changes nothing: each frame loses its own.
     """
     window = wave[start : start + WINDOW]
     x = fbank(
@@ -145,14 +146,14 @@ def frames_beyond_a_window(n_samples: int) -> int:
 
 
 class RandomWindows(Dataset):
-    """For training: dataset[i] is a random window of clip i, (1024, 128), and i.
+    """For training: dataset[i] is a random window of clip i, (1024, 128), and the clip's class.
 
     u (n_clips,) in [0, 1) says where. The main process draws it once an epoch, so that a run does
-    not depend on the number of processes that read.
+    not depend on the number of workers.
     """
 
-    def __init__(self, clips: list[Clip], u: Tensor):
-        self.clips, self.u = clips, u
+    def __init__(self, clips: list[Clip], labels: list[int], u: Tensor):
+        self.clips, self.labels, self.u = clips, labels, u
 
     def __len__(self) -> int:
         return len(self.clips)
@@ -160,7 +161,7 @@ class RandomWindows(Dataset):
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         wave = read_wav(self.clips[i].path)
         first_frame = int(self.u[i] * (frames_beyond_a_window(len(wave)) + 1))
-        return spectrogram(wave, first_frame * HOP), i
+        return spectrogram(wave, first_frame * HOP), self.labels[i]
 
 
 class AllWindows(Dataset):

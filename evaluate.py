@@ -25,8 +25,8 @@ import numpy as np
 from scipy.stats import hmean
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-# The three numbers of a machine in the official score.
-NUMBERS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
+# The three of a machine that the official score averages.
+METRICS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
 EPS = sys.float_info.epsilon  # the official code's guard against a mean with a zero in it
 
 
@@ -43,7 +43,8 @@ def machine_metrics(
     """
     scores = np.asarray(scores)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
-    source, target = ~is_target | is_anomaly, is_target | is_anomaly  # anomalies of both domains
+    source = ~is_target | is_anomaly  # anomalies of both domains
+    target = is_target | is_anomaly
     metrics = {
         "auc_source": auc(is_anomaly[source], scores[source]),
         "auc_target": auc(is_anomaly[target], scores[target]),
@@ -76,7 +77,7 @@ def official_score(machines: list[dict[str, float]]) -> float:
     """Harmonic mean of the three numbers over all machines; undefined ones are left out."""
     values = []
     for metrics in machines:
-        values += [metrics[name] for name in NUMBERS if not math.isnan(metrics[name])]
+        values += [metrics[name] for name in METRICS if not math.isnan(metrics[name])]
     return float(hmean(np.maximum(values, EPS))) if values else math.nan
 
 
@@ -92,7 +93,7 @@ import data
 # CSV files, joined by the clips' names
 
 
-def read_csv(path: Path, number: str = r"[-+]?\d[\d.]*(?:e[-+]?\d+)?") -> dict[str, float]:
+def read_csv(path: Path, number: str = r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?") -> dict[str, float]:
     """Lines of name,number as the challenge writes them, or a spreadsheet: comma or semicolon,
     with a BOM, a header, blank lines. ValueError, naming file and line: another line, or a name
     that stands twice.
@@ -197,7 +198,7 @@ def official(which: str, trials: list[list[dict]]) -> str:
     """The official score of a set of machines, and "partial" with what is missing from it."""
     trials = [[row for row in rows if row["set"] == which] for rows in trials]
     rows = trials[0]
-    undefined = sum(math.isnan(row[key]) for row in rows for key in NUMBERS)
+    undefined = sum(math.isnan(row[key]) for row in rows for key in METRICS)
     missing = [f"{len(rows)}/7"] if len(rows) < 7 and which != "own" else []
     missing += [f"{undefined} of {3 * len(rows)} values undefined"] if undefined else []
     note = f", partial ({'; '.join(missing)})" if missing else ""
@@ -210,7 +211,7 @@ def scored_with(rows: list[dict]) -> str:
 
 def table(trials: list[list[dict]]) -> str:
     """Markdown: a line for each machine, over the trials of one setting."""
-    columns = NUMBERS | {"harmonic_mean": "harmonic mean"}
+    columns = METRICS | {"harmonic_mean": "harmonic mean"}
     lines = [f"### {scored_with(trials[0])}", "", f"| % | {' | '.join(columns.values())} |"]
     lines.append("| --- |" + " ---: |" * len(columns))
     for rows in zip(*trials):  # of one machine

@@ -39,13 +39,12 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        # Uniform in ±1/√in, as nn.Linear itself starts (microsoft/LoRA). PyTorch reads the fan-in
-        # off the last dimension, hence (rank, in).
+        # Uniform in ±1/√in, as nn.Linear itself starts, and as in microsoft/LoRA.
         nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.linear(self.dropout(x), self.A)  # (..., rank)
-        # alpha/rank multiplies the small B, not the large output: same product, one pass less.
+        # alpha/rank multiplies the small matrix B, not the large output.
         return self.base(x) + F.linear(down, self.scaling * self.B)
 
     @torch.no_grad()
@@ -68,7 +67,8 @@ def add_lora(
     dropout: float = 0.0,
     layers: list[int] | None = None,
 ) -> None:
-    """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place.
+    """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place. All that is
+    not wrapped stays as it is: freeze the model before.
 
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   indices into model.blocks, None for all
@@ -77,7 +77,7 @@ def add_lora(
     what LoRALinear refuses.
     """
     depth, found = len(model.blocks), set()
-    for index in range(depth) if layers is None else sorted(set(layers)):
+    for index in range(depth) if layers is None else layers:
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
         for parent in list(model.blocks[index].modules()):

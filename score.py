@@ -3,8 +3,9 @@
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
     score(x) = mean of the k smallest d(x, y) over all y in the bank                     (k = 1)
 
-The bank holds all windows of the machine's training clips. A clip of 10 s is one window, a longer
-one has several; each is scored by itself, and the clip has the score of its most anomalous window.
+The bank holds all windows of the machine's training clips (of copies only one's). A clip of 10 s is
+one window, a longer one has several; each is scored by itself, and the clip has the score of its
+most anomalous window.
 A clip is called anomalous if its score is above the 90th percentile of the training clips' scores.
 A training clip is scored against the other training clips only.
 
@@ -23,9 +24,9 @@ import numpy as np
 import torch
 
 import data
+import train as training
 from backbone import Embedder, load_ast
 from data import SAMPLE_RATE, AllWindows, Clip
-from train import make_loader
 
 DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end (k_ref_normalize)
 
@@ -42,7 +43,7 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | No
     torch.backends.cudnn.allow_tf32 = False  # a GPU's convolution would keep 10 bits of 23
 
     def windows():
-        loader = make_loader(AllWindows(clips), workers, device, batch_size=None)
+        loader = training.make_loader(AllWindows(clips), workers, device, batch_size=None)
         for index, (x, starts, sound) in enumerate(loader):  # x (n, 1024, 128), of one clip
             for window in x:
                 yield (index, starts, sound), window
@@ -56,7 +57,7 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | No
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
-    return (1 + x @ -y.T).clip(min=0)  # rounding may go below 0
+    return (1 - x @ y.T).clip(min=0)  # rounding may go below 0
 
 
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
@@ -65,36 +66,37 @@ def nearest(d: np.ndarray, k: int) -> np.ndarray:
     ValueError: a row has fewer than k that are finite.
     """
     if not 1 <= k <= np.isfinite(d).sum(axis=1).min():
-        raise ValueError(f"too few training clips for a distance to {k} windows of them")
+        why = "too few training clips, or training has diverged"
+        raise ValueError(f"no distance to {k} windows of other clips: {why}")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
 
 
 def anomaly_scores(
     test: np.ndarray,
     train: np.ndarray,
-    clip: np.ndarray,
+    clip_id: np.ndarray,
     domain: np.ndarray,
     k: int,
     normalize: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of one machine's test windows (m,) and training windows (n,).
 
-    test (m, D) and train (n, D) are embeddings; clip (n,) and domain (n,) tell which clip a
+    test (m, D) and train (n, D) are embeddings; clip_id (n,) and domain (n,) tell which clip a
     training window is from, and that clip's domain: "source", "target", or None if it is not known.
     ValueError: too few clips for what is asked.
     """
     d_test, d_train = distances(test, train), distances(train, train)  # (m, n), (n, n)
-    d_train[clip[:, None] == clip] = np.inf  # no training clip is its own neighbour
+    d_train[clip_id[:, None] == clip_id] = np.inf  # no training clip is its own neighbour
     if normalize == "none":
         return nearest(d_test, k), nearest(d_train, k)
     return normalised(d_test, d_train, domain, k, normalize)
 
 
-def most_anomalous(scores: np.ndarray, clip: np.ndarray) -> np.ndarray:
-    """The index of each clip's highest-scoring window: scores (m,), clip (m,) -> (n_clips,)."""
+def most_anomalous(scores: np.ndarray, clip_id: np.ndarray) -> np.ndarray:
+    """The index of each clip's highest-scoring window: scores (m,), clip_id (m,) -> (n_clips,)."""
     highest = []
-    for number in np.unique(clip):
-        windows = np.flatnonzero(clip == number)
+    for clip in np.unique(clip_id):
+        windows = np.flatnonzero(clip_id == clip)
         highest.append(windows[scores[windows].argmax()])
     return np.array(highest)
 
@@ -114,17 +116,17 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
 
 def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
     """The whole way of a machine, from its clips to its files."""
-    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum}
-    found = embedded(machine, train_clips | test_clips, model, model_id, args)
+    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum of its file}
+    kept = kept_embeddings(machine, train_clips | test_clips, model, model_id, args)
     # For each window: its embedding, the index of its clip, its first sample.
-    train, train_clip, train_start = all_windows(found, train_clips)
-    test, test_clip, test_start = all_windows(found, test_clips)
+    train, train_id, train_start = stacked(kept, train_clips)
+    test, test_id, test_start = stacked(kept, test_clips)
 
-    domain = np.array([clip.domain for clip in train_clips], object)[train_clip]
-    scores, train_scores = anomaly_scores(test, train, train_clip, domain, args.k, args.normalize)
-    worst = most_anomalous(scores, test_clip)  # a window of each test clip
+    domain = np.array([clip.domain for clip in train_clips], object)[train_id]
+    scores, train_scores = anomaly_scores(test, train, train_id, domain, args.k, args.normalize)
+    worst = most_anomalous(scores, test_id)  # a window of each test clip
     clip_scores = scores[worst]
-    train_clip_scores = train_scores[most_anomalous(train_scores, train_clip)]
+    train_clip_scores = train_scores[most_anomalous(train_scores, train_id)]
     alarms, threshold = decide(clip_scores, train_clip_scores, args.percentile)
 
     d = distances(test[worst], train)
@@ -135,7 +137,7 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
         "score": clip_scores,
         "threshold": np.full(len(worst), threshold),
         "alarm": alarms.astype(int),
-        "nearest_training_clip": train_names[train_clip[near]],
+        "nearest_training_clip": train_names[train_id[near]],
         "distance": d.min(axis=1),
         "at_seconds": test_start[worst] / SAMPLE_RATE,
         "nearest_at_seconds": train_start[near] / SAMPLE_RATE,
@@ -164,7 +166,7 @@ def normalised(
         return nearest(d_test / rho, k), nearest(d_train / rho, k)
 
     of_test, of_train = [], []
-    for name in ("source", "target", None):
+    for name in ("source", "target", None):  # None: not known
         bank = domain == name  # (n,) bool: these columns of the distances
         if bank.any():
             scores, train_scores = nearest(d_test[:, bank], k), nearest(d_train[:, bank], k)
@@ -185,7 +187,6 @@ from tqdm import tqdm
 
 import backbone
 import evaluate
-import train as training
 from lora import merge_lora
 
 SAVE_EVERY = 60  # seconds: how often embeddings are saved while they come
@@ -214,7 +215,7 @@ def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
     return {clip: digest for digest, clip in bank.items()}, clips["test"]
 
 
-def embedded(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
+def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
     """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start, its sound)}.
 
     Embeddings are kept in the run folder under model and content, so only what is new goes through
@@ -258,10 +259,10 @@ def say_what_is_unlike(machine: str, found: dict) -> None:
             print(f"note: {machine}: {what}: {evaluate.first_ten(named)}")
 
 
-def all_windows(found: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    e, starts, _ = zip(*(found[clip] for clip in clips))
-    clip_of_each = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
-    return np.concatenate(e), clip_of_each, np.concatenate(starts)
+def stacked(kept: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    e, starts, _ = zip(*(kept[clip] for clip in clips))
+    clip_id = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
+    return np.concatenate(e), clip_id, np.concatenate(starts)
 
 
 def write_results(
@@ -317,7 +318,8 @@ def plot(path: Path, machine: str, rows: list[tuple], train_scores: np.ndarray, 
 
 def draw_clip(axes, path: Path, seconds: float, what: str) -> None:
     wave = data.read_wav(path)[round(seconds * SAMPLE_RATE) :]
-    x = data.spectrogram(wave)[: len(wave) // data.HOP].numpy()  # without the padding
+    n_frames = 1 + (len(wave) - data.FRAME) // data.HOP  # without the padding
+    x = data.spectrogram(wave)[:n_frames].numpy()
     axes.imshow(x.T, origin="lower", aspect="auto", vmin=-1, vmax=1.2, cmap="magma")
     title = f"{what}, from {seconds:.1f} s\n{path.name}"
     axes.set_title(title, fontsize=8, parse_math=False)

@@ -2,14 +2,14 @@
 
 Every training clip is normal. What is learned is to tell machines and their attributes apart: the
 class of a clip is its machine with its attributes. To tell them apart, the embedding must keep what
-distinguishes normal sounds, so a sound that is none of them lies far from all of them (score.py).
+distinguishes normal sounds. A sound that is none of them should lie far from all (score.py).
 For a clip of class y, with the embedding e and a centre w_j for each class, all of unit length,
 
     cos θ_j = e · w_j
     loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])            ArcFace
 
 By default the LoRA matrices, the head and the class centres are trained; the pre-trained weights
-of the AST stay as they are. There is no validation set: without anomalies it could choose nothing.
+of the AST stay as they are. There is no validation set: it would need anomalies to choose by.
 
     python train.py --machine fan            # or several, or dev, eval, all: one joint model
 
@@ -65,8 +65,8 @@ class ArcFace(nn.Module):
 
 
 def make_model(args: argparse.Namespace) -> Embedder:
-    """The pre-trained AST and a new head. What requires a gradient is trained: the head, and of
-    the AST what --tuning says.
+    """The pre-trained AST and a new head. What requires a gradient is trained: the head, and of the
+    AST the adapters, everything or nothing (--tuning lora, full, frozen).
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
@@ -76,7 +76,7 @@ def make_model(args: argparse.Namespace) -> Embedder:
 
 
 def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace):
-    """AdamW. Head and class centres have the same rate under every --tuning: a fair comparison."""
+    """AdamW. Head and class centres have --lr under every --tuning, for a fair comparison."""
     head = [p for name, p in model.named_parameters() if not name.startswith("ast.")]
     groups = [{"params": [*head, *arcface.parameters()], "lr": args.lr}]
     if in_ast := [p for p in model.ast.parameters() if p.requires_grad]:
@@ -90,7 +90,7 @@ def train_step(
     """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,) -> the mean loss.
 
     micro_batch of them go through the network at once (None: all); the result differs by rounding.
-    ValueError: the loss is not finite; the weights are then as they were.
+    ValueError: the loss is not finite; no step is taken then.
     """
     size = micro_batch or len(x)
     mean_loss = 0.0  # becomes a tensor: .item() would wait for a GPU after each part
@@ -104,7 +104,7 @@ def train_step(
         mean_loss += loss.detach()
 
     if not mean_loss.isfinite():
-        raise ValueError("the loss is not finite: start a run with a smaller --lr")
+        raise ValueError("the loss is not finite: start a new run with a smaller --lr")
     optimizer.step()
     optimizer.zero_grad()
     return mean_loss.item()
@@ -124,10 +124,10 @@ def train(args: argparse.Namespace) -> None:
     print(f"{len(clips):,} clips of {len(classes)} classes")
     if len(classes) < 2:
         raise ValueError("one class: train jointly with other machines, or score.py --pretrained")
-    device = torch.device(args.device)
-    labels = torch.tensor([classes.index(name) for name in class_of_clip], device=device)
+    labels = [classes.index(name) for name in class_of_clip]
 
-    # The model, the loss, the optimizer, and its rate: a linear warm-up, then constant.
+    # The model, the loss, the optimizer, and the learning rate: a linear warm-up, then constant.
+    device = torch.device(args.device)
     torch.manual_seed(1_000_000 * args.seed)
     model = make_model(args).to(device)
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(device)
@@ -139,12 +139,14 @@ def train(args: argparse.Namespace) -> None:
     print(f"{trainable:,} of {total:,} parameters are trained, in {n_steps:,} steps")
 
     # A run that was interrupted continues after its last whole epoch.
-    run, record = Path(args.run), make_record(args, clips, classes)
-    stateful = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
+    run = Path(args.run)
+    record = make_record(args, clips, classes)
+    parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
     log = []  # a row for each finished epoch
-    if saved := load_checkpoint(run, record):
+    saved = load_checkpoint(run, record)  # an error if the folder holds another run
+    if saved is not None:
         load_trained_state(model, saved["model"])
-        for name, part in stateful.items():
+        for name, part in parts.items():
             part.load_state_dict(saved[name])
         log = saved["log"]
         print(f"continuing after epoch {len(log)}")
@@ -155,15 +157,15 @@ def train(args: argparse.Namespace) -> None:
     augment = SpecAug(args.time_mask, args.freq_mask)
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(1_000_000 * args.seed + epoch)
-        windows = RandomWindows(clips, u=torch.rand(len(clips)))
+        windows = RandomWindows(clips, labels, u=torch.rand(len(clips)))
         order = torch.randperm(len(clips)).tolist()
         batches = make_loader(
             windows, args.workers, device, batch_size=args.batch_size, sampler=order
         )
         sum_of_losses = 0.0
-        for x, index in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
+        for x, y in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
             x = augment(x.to(device, non_blocking=True))  # (B, 1024, 128)
-            y = labels[index]  # (B,)
+            y = y.to(device, non_blocking=True)  # (B,)
             loss = train_step(model, arcface, optimizer, x, y, args.micro_batch)
             sum_of_losses += loss * len(y)
             lr = schedule.get_last_lr()[0]  # of this step
@@ -172,7 +174,7 @@ def train(args: argparse.Namespace) -> None:
         mean_loss = sum_of_losses / len(clips)
         log.append((epoch, epoch * len(batches), lr, mean_loss))
         print(f"epoch {epoch}: loss {mean_loss:.4f}")
-        states = {name: part.state_dict() for name, part in stateful.items()}
+        states = {name: part.state_dict() for name, part in parts.items()}
         save_epoch(run, record, {"model": trained_state(model), **states, "log": log})
 
     save(run / "adapter.pt", trained_state(model))
@@ -196,7 +198,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
     add_hardware(add)
-    add("--micro-batch", type=int, metavar="N", help="clips in the network at once (a whole batch)")
+    add(
+        "--micro-batch", type=int, metavar="N", help="clips in the network at once (all of a batch)"
+    )
     add("--compile", action="store_true", help="torch.compile the model")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -262,7 +266,7 @@ def make_loader(dataset: Dataset, workers: int | None, device: torch.device, **o
 
 
 def make_record(args: argparse.Namespace, clips: list[data.Clip], classes: list[tuple]) -> dict:
-    """What args.json holds: everything that the result depends on."""
+    """What args.json holds: how a run was made."""
     on_gpu = args.device != "cpu"
     return {
         "args": vars(args) | {"precision": "bfloat16" if on_gpu else "float32"},
@@ -280,22 +284,20 @@ def load_checkpoint(run: Path, record: dict) -> dict | None:
         return None
     old, new = json.loads((run / "args.json").read_text()), json.loads(json.dumps(record))
     was, now, changes = old | old["args"], new | new["args"], []
-    for key in sorted(now.keys() - data.PLACES - {"args", "epochs", "versions", "hardware"}):
-        if now[key] != was.get(key):
+    for key in sorted(now.keys() - data.PLACES - {"args", "versions", "hardware"}):
+        more_epochs = key == "epochs" and now[key] > was[key]
+        if now[key] != was.get(key) and not more_epochs:
             changes.append(f"{key} was {str(was.get(key))[:60]}, is {str(now[key])[:60]}")
-    saved = load(run / "last.pt")
-    if len(saved["log"]) > now["epochs"]:
-        changes.append(f"it has {len(saved['log'])} epochs already")
     if changes:
         other = f"{run} holds another run ({'; '.join(changes)})"
         raise ValueError(f"{other}: delete the folder, or name another with --run")
-    return saved
+    return load(run / "last.pt")
 
 
 def save_epoch(run: Path, record: dict, state: dict) -> None:
     """args.json, last.pt, log.csv; what was made of an earlier epoch is removed first."""
     run.mkdir(parents=True, exist_ok=True)
-    made = "adapter.pt anomaly_score_* decision_result_* report_* scoring_* metrics.csv"
+    made = "adapter.pt anomaly_score_* decision_result_* report_* scoring_* metrics.csv *.png"
     for pattern in made.split():
         for path in run.glob(pattern):
             path.unlink()

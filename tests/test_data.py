@@ -236,9 +236,9 @@ def test_random_windows_are_drawn_from_all_places_on_the_hop(tmp_path):
     clip, short = clip_of(tmp_path, 192000), clip_of(tmp_path, 160000)
     wave = read_wav(clip.path)
     for u, frame in [(0.0, 0), (0.5, 87), (1 - 1e-7, 174), (174 / 175 - 1e-4, 173)]:
-        x, i = RandomWindows([short, clip], torch.tensor([0.9, u]))[1]
-        assert i == 1 and torch.equal(x, spectrogram(wave, frame * 160))
-    x, _ = RandomWindows([short], torch.tensor([0.99]))[0]
+        x, label = RandomWindows([short, clip], [5, 7], torch.tensor([0.9, u]))[1]
+        assert label == 7 and torch.equal(x, spectrogram(wave, frame * 160))
+    x, _ = RandomWindows([short], [0], torch.tensor([0.99]))[0]
     assert torch.equal(x, spectrogram(read_wav(short.path)))
 
 

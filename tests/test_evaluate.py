@@ -11,7 +11,7 @@ from conftest import REAL, assert_equal_within, error_of, needs_real
 
 import data
 import evaluate
-from evaluate import NUMBERS, evaluate_machine, machine_metrics, official_score
+from evaluate import METRICS, evaluate_machine, machine_metrics, official_score
 
 # ---------------------------------------------------------------- the metric
 
@@ -52,7 +52,7 @@ def test_the_evaluators_21_numbers_give_its_total():
               0.45320000000000005]  # fmt: skip
     pauc = [0.5091087658743451, 0.5846166760294185, 0.5491654428600755, 0.5368421052631579,
             0.5178947368421053, 0.5826315789473684, 0.5947368421052631]  # fmt: skip
-    machines = [dict(zip(NUMBERS, values)) for values in zip(source, target, pauc)]
+    machines = [dict(zip(METRICS, values)) for values in zip(source, target, pauc)]
     what = "total of the evaluator's 21 numbers"
     assert_equal_within(1e-15, what, official_score(machines), 0.5925469043549957)
 
@@ -87,7 +87,7 @@ def test_an_auc_of_zero_gives_a_total_near_zero_and_no_error():
 def test_real_systems_have_the_numbers_that_their_authors_printed(system):
     expected = json.loads((REAL / "scores" / "expected_dev.json").read_text())[system]
     rows = {m: evaluate_machine(m, REAL / "scores" / f"dev_{system}")[0] for m in data.DEV}
-    keys = [(machine, key) for machine in data.DEV for key in NUMBERS]
+    keys = [(machine, key) for machine in data.DEV for key in METRICS]
     ours, theirs = [rows[m][key] for m, key in keys], [expected[m][key] for m, key in keys]
     ours.append(official_score(list(rows.values())))
     what = f"AUC and pAUC of {system}, 7 machines, and total, against their authors' evaluation"
@@ -257,7 +257,7 @@ def test_the_table_of_one_run(tmp_path, capsys):
     out = table(capsys, "--machine", *machines, "--run", run)
     rows = {m: evaluate_machine(m, Path(run))[0] for m in machines}
     assert "| % | AUC source | AUC target | pAUC | harmonic mean |\n| --- | ---: |" in out
-    cells = [f"{100 * rows['valve'][key]:.2f}" for key in (*NUMBERS, "harmonic_mean")]
+    cells = [f"{100 * rows['valve'][key]:.2f}" for key in (*METRICS, "harmonic_mean")]
     assert f"| valve | {' | '.join(cells)} |" in out
     total = official_score([rows["fan"], rows["valve"]])
     assert f"dev, official score: **{100 * total:.2f}** (n = 1), partial (2/7)" in out
