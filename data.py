@@ -148,8 +148,7 @@ def frames_beyond_a_window(n_samples: int) -> int:
 class RandomWindows(Dataset):
     """For training: dataset[i] is a random window of clip i, (1024, 128), and the clip's class.
 
-    u (n_clips,) in [0, 1) says where. The main process draws it once an epoch, so that a run does
-    not depend on the number of workers.
+    u (n_clips,) in [0, 1) says where.
     """
 
     def __init__(self, clips: list[Clip], labels: list[int], u: Tensor):

@@ -110,6 +110,16 @@ def train_step(
     return mean_loss.item()
 
 
+def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace, device):
+    """Every clip once, in random order, at a random window of it -> batches (x, y).
+
+    Order and windows are drawn here, so that a run does not depend on the number of workers.
+    """
+    windows = RandomWindows(clips, labels, u=torch.rand(len(clips)))
+    order = torch.randperm(len(clips)).tolist()
+    return make_loader(windows, args.workers, device, batch_size=args.batch_size, sampler=order)
+
+
 def train(args: argparse.Namespace) -> None:
     """From the clips to runs/<name>/adapter.pt.
 
@@ -130,6 +140,8 @@ def train(args: argparse.Namespace) -> None:
     device = torch.device(args.device)
     torch.manual_seed(1_000_000 * args.seed)
     model = make_model(args).to(device)
+    if args.compile:
+        model.compile(dynamic=False)  # one graph for full batches, one for the last of an epoch
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(device)
     optimizer = make_optimizer(model, arcface, args)
     n_steps = args.epochs * math.ceil(len(clips) / args.batch_size)
@@ -150,18 +162,12 @@ def train(args: argparse.Namespace) -> None:
             part.load_state_dict(saved[name])
         log = saved["log"]
         print(f"continuing after epoch {len(log)}")
-    if args.compile:
-        model.compile(dynamic=False)  # one graph for full batches, one for the last of an epoch
 
     # The epochs. Each has a seed of its own, so that a run that continues draws the same numbers.
     augment = SpecAug(args.time_mask, args.freq_mask)
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(1_000_000 * args.seed + epoch)
-        windows = RandomWindows(clips, labels, u=torch.rand(len(clips)))
-        order = torch.randperm(len(clips)).tolist()
-        batches = make_loader(
-            windows, args.workers, device, batch_size=args.batch_size, sampler=order
-        )
+        batches = shuffled_batches(clips, labels, args, device)
         sum_of_losses = 0.0
         for x, y in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
             x = augment(x.to(device, non_blocking=True))  # (B, 1024, 128)
