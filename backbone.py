@@ -270,7 +270,9 @@ def fetch_weights(path: str | Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--weights", default=WEIGHTS, metavar="FILE", help="the file (%(default)s)")
+    parser.add_argument(
+        "--weights", default=WEIGHTS, metavar="FILE", help="one's own (%(default)s)"
+    )
     args = parser.parse_args(argv)
     with data.one_line_errors():
         fetch_weights(args.weights)

@@ -154,9 +154,6 @@ class RandomWindows(Dataset):
     def __init__(self, clips: list[Clip], labels: list[int], u: Tensor):
         self.clips, self.labels, self.u = clips, labels, u
 
-    def __len__(self) -> int:
-        return len(self.clips)
-
     def __getitem__(self, i: int) -> tuple[Tensor, int]:
         wave = read_wav(self.clips[i].path)
         first_frame = int(self.u[i] * (frames_beyond_a_window(len(wave)) + 1))
@@ -385,7 +382,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Fetch and verify machines of DCASE2023 Task 2.")
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--data", default="data", metavar="DIR", help="where to (%(default)s)")
+    add("--data", default="data", metavar="DIR", help="the folder for them (%(default)s)")
     args = parser.parse_args(argv)
     with one_line_errors():
         for machine in machine_names(args.machine):

@@ -244,8 +244,8 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--run", nargs="+", metavar="DIR", help="run folders, averaged over seeds (runs/<names>)")
-    add("--data", metavar="DIR", help="where labels.csv are (where the clips were scored)")
+    add("--run", nargs="+", metavar="DIR", help="of one setting or several (runs/<names>)")
+    add("--data", metavar="DIR", help="holds <machine>/labels.csv (where the clips were scored)")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         settings = {}  # setting -> its trials

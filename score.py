@@ -331,15 +331,15 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--run", metavar="DIR", help="read and written (runs/<names>, runs/pretrained-<names>)")
+    add("--run", metavar="DIR", help="read and written (runs/[pretrained-][mean-]<names>)")
     add("--data", metavar="DIR", help="holds <machine>/{train,test}/*.wav (the run's, or data)")
     add("--weights", metavar="FILE", help=f"of the AST (the run's, or {backbone.WEIGHTS})")
     add("--pretrained", action="store_true", help="the AST as it is: no training")
     what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
     add("--pooling", choices=["cls", "mean"], help=what)
     add("--k", type=int, default=1, help="neighbours to average (%(default)s) [same lab]")
-    what = "make distances comparable: see normalised() in score.py (%(default)s) [same lab]"
-    add("--normalize", default="none", choices=["none", "test", "density"], help=what)
+    what = "divide by local density; by the test scores (transductive) (%(default)s) [same lab]"
+    add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)
     training.add_hardware(add)

@@ -195,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     [same lab]  a later report of its first author     [AST's own]  as the AST's authors trained it
     [ASDKit]    an independent recipe, TakuyaFujimura/dcase-asd-toolkit
     """
-    about = "Train on normal sounds; the same command again continues. [Who chose it]: README.md"
+    about = "Train on normal sounds; the same command again continues. (defaults) [who chose them]"
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
     what = "names, or dev, eval, all: one joint model"
@@ -210,7 +210,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--compile", action="store_true", help="torch.compile the model")
 
     add = parser.add_argument_group("LoRA").add_argument
-    what = "train adapters, all of the AST, none of it (%(default)s) [abstract]"
+    what = "train adapters, all or nothing of the AST; always the head (%(default)s) [abstract]"
     add("--tuning", default="lora", choices=["lora", "full", "frozen"], help=what)
     add("--rank", type=int, default=64, help="r (%(default)s) [reported]")
     add("--alpha", type=float, help="scales the update by alpha/rank (the rank) [our choice]")
@@ -232,9 +232,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--freq-mask", type=int, default=80, help="widest, in mel bins (%(default)s) [same lab]")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, default=1e-4, help="learning rate (%(default)s) [ASDKit]")
-    add("--ast-lr", type=float, default=1e-5, help="of a full AST (%(default)s) [AST's own]")
-    add("--warmup", type=int, default=360, help="steps, a tenth at most (%(default)s) [same lab]")
+    add("--lr", type=float, default=1e-4, help="of head, classes, LoRA (%(default)s) [ASDKit]")
+    add("--ast-lr", type=float, default=1e-5, help="of a whole AST (%(default)s) [AST's own]")
+    add("--warmup", type=int, default=360, help="steps, at most a tenth (%(default)s) [same lab]")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s) [our choice]")
     add("--epochs", type=int, default=25, help="passes over all clips (%(default)s) [ASDKit]")
     add("--batch-size", type=int, default=32, help="clips in a step (%(default)s) [same lab]")

@@ -264,11 +264,11 @@ def print_table(table: dict[str, list[str]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The method in miniature, on made-up sounds.")
     add = parser.add_argument
-    add("--machine", nargs="+", metavar="NAME", help="a machine's name (fan)")
+    add("--machine", nargs="+", metavar="NAME", help=f"a machine's name ({MACHINES[0]})")
     add("--data", metavar="DIR", help="of real clips (none: made up in data/demo)")
     add("--all", action="store_true", help=f"{', '.join(MACHINES)}; four rows, seeds 0, 1, 2")
     args = parser.parse_args(argv)
-    machines = args.machine or (MACHINES if args.all else ["fan"])
+    machines = args.machine or (MACHINES if args.all else MACHINES[:1])
     for machine in machines if args.data is None else []:
         make_machine("data/demo", machine)
     root = args.data or "data/demo"
