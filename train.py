@@ -195,7 +195,7 @@ def make_parser() -> argparse.ArgumentParser:
     [same lab]  a later report of its first author     [AST's own]  as the AST's authors trained it
     [ASDKit]    an independent recipe, TakuyaFujimura/dcase-asd-toolkit
     """
-    about = "Train on normal sounds; the same command again continues. (defaults) [who chose them]"
+    about = "Train on normal sounds; the same command again continues. (default) [by whom: README]"
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
     what = "names, or dev, eval, all: one joint model"
@@ -221,7 +221,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("head").add_argument
     what = "attentive statistics or mean of the patches, or class tokens (%(default)s) [same lab]"
     add("--pooling", default="asp", choices=["asp", "mean", "cls"], help=what)
-    add("--embedding", type=int, default=256, help="its dimensions (%(default)s) [ASDKit]")
+    add("--embedding", type=int, default=256, help="dimensions of it (%(default)s) [ASDKit]")
 
     add = parser.add_argument_group("ArcFace").add_argument
     add("--scale", type=float, default=30.0, help="s (%(default)s) [same lab]")
