@@ -271,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
     parser = argparse.ArgumentParser(description=about)
     parser.add_argument(
-        "--weights", default=WEIGHTS, metavar="FILE", help="one's own (%(default)s)"
+        "--weights", default=WEIGHTS, metavar="FILE", help="(%(default)s, fetched if missing)"
     )
     args = parser.parse_args(argv)
     with data.one_line_errors():

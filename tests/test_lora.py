@@ -117,12 +117,12 @@ def small_ast(depth=3) -> AST:
 
 def test_add_lora_wraps_exactly_the_named_layers_of_the_chosen_blocks():
     ast = small_ast()
-    add_lora(ast, ["v", "fc1"], rank=2, alpha=3, layers=[2, 0])
+    add_lora(ast, ["v", "fc1"], rank=2, alpha=1, layers=[2, 0])
     names = ["attn.v", "mlp.fc1"]
     assert wrapped(ast) == [f"blocks.{i}.{name}" for i in (0, 2) for name in names]
     trainable = {name for name, p in ast.named_parameters() if p.requires_grad}
     assert trainable == {f"{name}.{matrix}" for name in wrapped(ast) for matrix in "AB"}
-    assert {ast.blocks[i].attn.v.scaling for i in (0, 2)} == {1.5}
+    assert {ast.blocks[i].attn.v.scaling for i in (0, 2)} == {0.5}
 
 
 WRONG = [
