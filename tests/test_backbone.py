@@ -240,5 +240,6 @@ def test_the_sizes_that_the_readme_prints():
     add_lora(model.ast, ["q", "v"], 64, 64)
     lora = count_parameters(model)[0] - head
     assert (total - head, lora, head) == (86_187_264, 2_359_296, 786_816)
+    assert model.ast.blocks[0].attn.heads == 768 // backbone.HEAD_DIM
     for number in (total - head, lora, head):
         assert f"{number:,}" in (ROOT / "README.md").read_text()

@@ -85,10 +85,12 @@ def test_arcface_equals_an_independent_float64_computation_with_its_gradients(th
         torch.testing.assert_close(arcface.centres.grad.double(), w.grad, atol=2e-2, rtol=2e-3)
 
 
-@pytest.mark.parametrize("margin", [-0.1, math.pi / 2, 2.0])
-def test_a_margin_that_is_no_angle_below_a_right_one_is_refused(margin):
-    with pytest.raises(ValueError, match="in radians"):
+def test_a_margin_that_is_no_angle_below_a_right_one_is_refused():
+    for margin in (0.0, 1.5):
         ArcFace(2, 2, 30.0, margin)
+    for margin in (-0.1, math.pi / 2, 2.0):
+        with pytest.raises(ValueError, match="in radians"):
+            ArcFace(2, 2, 30.0, margin)
 
 
 # ----------------------------------------------------- the whole loop, against tests/plain.py
@@ -186,11 +188,11 @@ def test_dropout_is_off_in_scoring(small):
 def test_warm_up_is_linear_and_then_constant(small):
     """The 360 steps asked for are cut to a tenth of the run; --warmup 1 and 0 are the same."""
     small_machines("fan")
-    flags = ["--lr", "0.006", "--epochs", "30", "--batch-size", "7"]
-    assert column(run(*flags), "lr") == pytest.approx([0.002, 0.004] + 28 * [0.006])
+    flags = ["--lr", "0.006", "--epochs", "35", "--batch-size", "7"]
+    assert column(run(*flags), "lr") == pytest.approx([0.002, 0.004] + 33 * [0.006])
     for warmup in ("0", "1"):
         folder = run(*flags, "--warmup", warmup, "--run", f"runs/{warmup}")
-        assert column(folder, "lr") == [0.006] * 30
+        assert column(folder, "lr") == [0.006] * 35
 
 
 def test_the_record_of_a_run_tells_how_it_was_made(small):
