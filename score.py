@@ -3,11 +3,10 @@
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
     score(x) = mean of the k smallest d(x, y) over all y in the bank                     (k = 1)
 
-The bank holds all windows of the machine's training clips (of copies only one's). A clip of 10 s is
-one window, a longer one has several; each is scored by itself, and the clip has the score of its
-most anomalous window.
-A clip is called anomalous if its score is above the 90th percentile of the training clips' scores.
-A training clip is scored against the other training clips only.
+The bank holds all windows of the machine's training clips, of copies only one's. A clip of 10 s is
+one window, a longer one has several. Each is scored by itself; the clip has the score of its most
+anomalous window. It is called anomalous if that is above the 90th percentile of the training clips'
+scores. A training clip is scored against the other training clips only.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
