@@ -270,9 +270,7 @@ def fetch_weights(path: str | Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument(
-        "--weights", default=WEIGHTS, metavar="FILE", help="(%(default)s, fetched if missing)"
-    )
+    parser.add_argument("--weights", default=WEIGHTS, help="fetched if missing (%(default)s)")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         fetch_weights(args.weights)

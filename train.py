@@ -204,9 +204,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
     add_hardware(add)
-    add(
-        "--micro-batch", type=int, metavar="N", help="clips in the network at once (all of a batch)"
-    )
+    add("--micro-batch", type=int, help="clips in the network at once (all of a batch)")
     add("--compile", action="store_true", help="torch.compile the model")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -221,7 +219,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("head").add_argument
     what = "attentive statistics or mean of the patches, or class tokens (%(default)s) [same lab]"
     add("--pooling", default="asp", choices=["asp", "mean", "cls"], help=what)
-    add("--embedding", type=int, default=256, help="dimensions of it (%(default)s) [ASDKit]")
+    add("--embedding", type=int, default=256, help="dimensions (%(default)s) [ASDKit]")
 
     add = parser.add_argument_group("ArcFace").add_argument
     add("--scale", type=float, default=30.0, help="s (%(default)s) [same lab]")
