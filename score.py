@@ -121,7 +121,7 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
     train, train_id, train_start = stacked(kept, train_clips)
     test, test_id, test_start = stacked(kept, test_clips)
 
-    domain = np.array([clip.domain for clip in train_clips], object)[train_id]
+    domain = np.array([clip.domain for clip in train_clips])[train_id]
     scores, train_scores = anomaly_scores(test, train, train_id, domain, args.k, args.normalize)
     worst = most_anomalous(scores, test_id)  # a window of each test clip
     clip_scores = scores[worst]

@@ -132,6 +132,8 @@ def test_the_threshold_is_a_percentile_of_the_training_scores_and_itself_no_anom
     decisions, threshold = decide(np.array([9.0, 9.1, 1.0]), np.arange(11.0))
     assert threshold == 9.0 and decisions.tolist() == [False, True, False]
     assert decide(np.array([9.0]), np.arange(11.0), 50)[1] == 5.0
+    for right in (1, 100):
+        decide(np.array([9.0]), np.arange(11.0), right)
     for wrong in (0.9, 101):
         with pytest.raises(ValueError, match="from 1 to 100"):
             decide(np.array([9.0]), np.arange(11.0), wrong)

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -253,6 +254,7 @@ def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(small, capsys):
     assert Path("runs/fan/anomaly_score_fan_section_00_test.csv").exists()
     out = capsys.readouterr().out
     assert "98,688 of 222,400 parameters are trained, in 4 steps" in out
+    assert re.search(r"^epoch 2: loss \d", out, re.MULTILINE)
     assert (
         out.splitlines()[-1]
         == "runs/fan is trained; next: python score.py --machine fan --run runs/fan"
