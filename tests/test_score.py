@@ -98,6 +98,16 @@ def test_a_training_clip_leaves_out_all_of_its_own_windows():
 TRAIN, DOMAINS, TEST = at(0, 2, 6, 90, 120, 160), ["source"] * 3 + ["target"] * 3, at(3, 130)
 
 
+def test_test_standardises_each_bank_by_the_test_scores():
+    """At 3°, 130° and 10°; in the source bank d(1°), d(124°), d(4°), in the target bank d(87°),
+    d(10°), d(80°). Each is standardised over the three, and the smaller one counts.
+    """
+    scores, _ = one_window_each(TRAIN, at(3, 130, 10), DOMAINS, 1, "test")
+    source, target = (np.array([d(a) for a in row]) for row in ((1, 124, 4), (87, 10, 80)))
+    banks = [(source - source.mean()) / source.std(), (target - target.mean()) / target.std()]
+    assert scores == pytest.approx(np.min(banks, axis=0), abs=1e-5)
+
+
 def test_density_stays_finite_where_training_clips_are_equal():
     scores, _ = one_window_each(at(*[0] * 6), at(0, 1), [None] * 6, 1, "density")
     assert scores == pytest.approx([0, d(1) / 1e-6], rel=1e-2)
