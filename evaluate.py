@@ -162,8 +162,8 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[
     decisions, wrong = None, {}
     if (run / f"decision_result_{end}").exists():
         decisions = np.array(read_labels(run / f"decision_result_{end}", names))
-        wrong = {"missed": sum(is_anomaly & ~decisions)}
-        wrong["false_alarms"] = sum(~is_anomaly & decisions)
+        wrong = {"anomalies": sum(is_anomaly), "missed": sum(is_anomaly & ~decisions)}
+        wrong |= {"normal": sum(~is_anomaly), "false_alarms": sum(~is_anomaly & decisions)}
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decisions)
 
     which = "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
@@ -183,7 +183,8 @@ def setting_of(run: Path, rows: list[dict], clips: list[list[str]]) -> str:
     args = record.get("args", {"of": str(run)})  # without a record it is a setting of its own
     args = {key: value for key, value in args.items() if key not in data.PLACES | {"seed"}}
     how = [row["scored_with"] for row in rows]
-    return json.dumps([args, record.get("weights_sha256"), how, clips], sort_keys=True)
+    trained_on = [record.get(key) for key in ("clips", "classes", "weights_sha256")]
+    return json.dumps([args, trained_on, how, clips], sort_keys=True)
 
 
 def percent(values: list[float]) -> str:
@@ -222,8 +223,9 @@ def table(trials: list[list[dict]]) -> str:
         lines.append(f"{which}, official score: {official(which, trials)}")
     for row in trials[0] if len(trials) == 1 else []:
         if "missed" in row:
-            wrong = f"{row['missed']} anomalies missed, {row['false_alarms']} false alarms"
-            lines.append(f"{row['machine']}: {wrong}")
+            missed = f"{row['missed']} of {row['anomalies']} anomalies missed"
+            false = f"{row['false_alarms']} false alarms of {row['normal']} normal clips"
+            lines.append(f"{row['machine']}: {missed}, {false}")
     return "\n".join(lines)
 
 
@@ -244,7 +246,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--run", nargs="+", metavar="DIR", help="of one setting or several (runs/<names>)")
+    add("--run", nargs="+", action="extend", metavar="DIR", help="one or several (runs/<names>)")
     add("--data", metavar="DIR", help="holds <machine>/labels.csv (where the clips were scored)")
     args = parser.parse_args(argv)
     with data.one_line_errors():

@@ -179,6 +179,7 @@ def normalised(
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
+import contextlib
 import json
 import time
 
@@ -244,13 +245,15 @@ def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, a
 
 
 def say_what_is_unlike(machine: str, found: dict) -> None:
-    """A line each on length, level and sample rate unlike those of most training clips."""
+    """A line each on length, level and sample rate unlike those of most training clips. Below
+    -80 dB there is little but rounding, whatever the others have.
+    """
     clips, sounds = list(found), np.array([sound for _, _, sound in found.values()])
     in_train = np.array([clip.split == "train" for clip in clips])
-    measures = [("length", "s", 0.5), ("level", "dB", 6), ("sample rate", "Hz", 0)]
-    for values, (what, unit, slack) in zip(sounds.T, measures):
+    measures = [("length", "s", 0.5, 0), ("level", "dB", 6, -80), ("sample rate", "Hz", 0, 0)]
+    for values, (what, unit, slack, least) in zip(sounds.T, measures):
         low, high = np.percentile(values[in_train], [5, 95]).round(1)
-        unlike = np.flatnonzero((values < low - slack) | (values > high + slack))
+        unlike = np.flatnonzero((values < max(low - slack, least)) | (values > high + slack))
         if len(unlike):
             named = [f"{clips[i].split}/{clips[i].path.name} ({values[i]:.6g})" for i in unlike]
             usual = f"most training clips have {low:g} to {high:g} {unit}"
@@ -300,9 +303,10 @@ def plot(path: Path, machine: str, rows: list[tuple], train_scores: np.ndarray, 
     places = np.linspace(0, len(rows) - 1, len(train_scores))
     top.plot(places, -np.sort(-train_scores), ".", color="silver", label="training clips")
     colours, label = "tab:blue", "test clips"
-    if labels := evaluate.labels_of(machine, names, root):
-        colours = ["tab:red" if is_anomaly else "tab:green" for is_anomaly in labels[0]]
-        label = "test clips (green: normal, red: anomalous)"
+    with contextlib.suppress(ValueError):  # labels are missing or wrong: evaluate.py says which
+        if labels := evaluate.labels_of(machine, names, root):
+            colours = ["tab:red" if is_anomaly else "tab:green" for is_anomaly in labels[0]]
+            label = "test clips (green: normal, red: anomalous)"
     top.scatter(range(len(rows)), scores, s=12, c=colours, zorder=2, label=label)
     top.axhline(thresholds[0], color="black", linestyle="--", label="threshold")
     top.set(title=machine, xlabel="clips, the highest scores first", ylabel="anomaly score")

@@ -344,6 +344,15 @@ UNLIKE = {
 }
 
 
+def test_recordings_that_are_all_but_silent_are_said(small, capsys):
+    """All alike, so none is unlike the others: samples of -1, 0 and 1."""
+    small_machines()
+    for split, i in (("train", 0), ("train", 1), ("test", 2)):
+        noise(f"data/pump/{split}/{i}.wav", 1, seed=i, level=1)
+    scored("--pretrained", machine="pump")
+    assert "note: pump: 3 of unusual level (" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("said", UNLIKE)
 def test_clips_unlike_most_training_clips_are_said(small, capsys, said):
     pump(n=20)
