@@ -256,8 +256,9 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 
 # What the commands share
 
-# Arguments that change no result; the kind of device does, see train.py's `precision`.
-PLACES = {"run", "data", "weights", "workers", "device", "compile", "micro_batch"}
+# What args.json holds and no result depends on. It does on the kind of device, see `precision`.
+CIRCUMSTANCES = {"run", "data", "weights", "workers", "device", "compile", "micro_batch"}
+CIRCUMSTANCES |= {"versions", "hardware"}
 
 
 @contextmanager

@@ -179,12 +179,12 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[
 
 def setting_of(run: Path, rows: list[dict], clips: list[list[str]]) -> str:
     """All that a result depends on, but for the seed."""
-    record = read_json(run / "args.json")
-    args = record.get("args", {"of": str(run)})  # without a record it is a setting of its own
-    args = {key: value for key, value in args.items() if key not in data.PLACES | {"seed"}}
+    # Without a record it is a setting of its own.
+    record = read_json(run / "args.json") or {"args": {"of": str(run)}}
+    left_out = data.CIRCUMSTANCES | {"args", "seed"}
+    setting = {k: value for k, value in (record | record["args"]).items() if k not in left_out}
     how = [row["scored_with"] for row in rows]
-    trained_on = [record.get(key) for key in ("clips", "classes", "weights_sha256")]
-    return json.dumps([args, trained_on, how, clips], sort_keys=True)
+    return json.dumps([setting, how, clips], sort_keys=True)
 
 
 def percent(values: list[float]) -> str:

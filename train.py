@@ -288,7 +288,7 @@ def load_checkpoint(run: Path, record: dict) -> dict | None:
         return None
     old, new = json.loads((run / "args.json").read_text()), json.loads(json.dumps(record))
     was, now, changes = old | old["args"], new | new["args"], []
-    for key in sorted(now.keys() - data.PLACES - {"args", "versions", "hardware"}):
+    for key in sorted(now.keys() - data.CIRCUMSTANCES - {"args"}):
         more_epochs = key == "epochs" and now[key] > was[key]
         if now[key] != was.get(key) and not more_epochs:
             changes.append(f"{key} was {str(was.get(key))[:60]}, is {str(now[key])[:60]}")
