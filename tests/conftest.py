@@ -22,6 +22,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from scipy.io import wavfile
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
@@ -112,6 +113,14 @@ def write_safetensors(path: str | Path, tensors: dict[str, torch.Tensor]) -> Non
         body += content
     text = json.dumps(header).encode()
     Path(path).write_bytes(len(text).to_bytes(8, "little") + text + body)
+
+
+def noise(path: str, seconds: float, seed: int = 0, level: float = 900, rate=16000) -> Path:
+    """A WAV file of white noise."""
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    samples = np.random.default_rng(seed).normal(0, level, int(seconds * rate))
+    wavfile.write(path, rate, samples.clip(-32768, 32767).astype(np.int16))
+    return Path(path)
 
 
 def embed_all(model, clips: list[data.Clip], batch_size: int = 4) -> np.ndarray:

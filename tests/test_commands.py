@@ -9,10 +9,8 @@ import subprocess
 from pathlib import Path
 
 import demo
-import numpy as np
 import pytest
-from conftest import FLAGS, ROOT, error_of, rows_of, script, small_machines
-from scipy.io import wavfile
+from conftest import FLAGS, ROOT, error_of, noise, rows_of, script, small_machines
 
 import backbone
 import data
@@ -161,12 +159,9 @@ def test_the_demo_compares_four_rows_and_says_what_lora_is_worth(small_demo, mon
 
 
 def own_machine(n_test: int = 3) -> None:
-    random = np.random.default_rng(0)
-    for split, count in (("train", 3), ("test", n_test)):
-        Path("data/pump", split).mkdir(parents=True)
+    for split, count, seed in (("train", 3, 0), ("test", n_test, 10)):
         for i in range(count):
-            samples = random.normal(0, 900, 17000).astype(np.int16)
-            wavfile.write(f"data/pump/{split}/{i}$.wav", 16000, samples)
+            noise(f"data/pump/{split}/{i}$.wav", 17 / 16, seed + i)
 
 
 @pytest.mark.parametrize("n_test", [2, 8])

@@ -18,6 +18,7 @@ from conftest import (
     error_of,
     lively_ast,
     needs_real,
+    noise,
     rows_of,
     small_machines,
     write_ast,
@@ -271,14 +272,6 @@ def test_the_files_are_the_challenges_and_the_highest_are_printed(small, capsys)
     printed = [line for line in out.splitlines() if " | " in line]
     assert [line[-len(end) :] for line, end in zip(printed, lines)] == lines
     assert ["ALARM" in line for line in printed] == [row["alarm"] == "1" for row in highest]
-
-
-def noise(path: str, seconds: float, seed: int = 0, level: float = 900, rate=16000) -> Path:
-    """A WAV file of white noise."""
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    samples = np.random.default_rng(seed).normal(0, level, int(seconds * rate))
-    wavfile.write(path, rate, samples.clip(-32768, 32767).astype(np.int16))
-    return Path(path)
 
 
 def pump(n: int = 6, seconds: float = 1) -> None:
