@@ -121,11 +121,11 @@ def read_labels(path: Path, names: list[str]) -> list[bool]:
     return [bool(labels[name]) for name in names]
 
 
-def labels_of(machine: str, names: list[str], root: str) -> tuple[list, list] | None:
-    """(is_anomaly, is_target) of the test clips called `names`; None: not known.
+def labels_of(machine: str, names: list[str], root: str) -> tuple[list, list]:
+    """(is_anomaly, is_target) of the test clips called `names`.
 
     Where the names do not tell, from root/machine/labels.csv and domains.csv; a clip without a
-    domain counts as source. ValueError: something is wrong in these files.
+    domain counts as source. ValueError: no labels, or something is wrong in these files.
     """
     clips = [data.parse_clip(Path(machine, "test", name)) for name in names]
     is_anomaly = [clip.is_anomaly for clip in clips]
@@ -133,7 +133,8 @@ def labels_of(machine: str, names: list[str], root: str) -> tuple[list, list] | 
     labels, domains = Path(root, machine, "labels.csv"), Path(root, machine, "domains.csv")
     if None in is_anomaly:
         if not labels.exists():
-            return None
+            line = f"{names[0]},1 for an anomaly or {names[0]},0 for a normal clip"
+            raise ValueError(f"{labels} is missing; a line for each clip: {line}")
         is_anomaly = read_labels(labels, names)
         if domains.exists():
             is_target = read_labels(domains, names)
@@ -154,11 +155,7 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[
     end = f"{machine}_section_00_test.csv"
     scores = read_csv(run / f"anomaly_score_{end}")
     names, how = list(scores), read_json(run / f"scoring_{machine}.json")
-    root = root or how.get("data", "data")
-    if (labels := labels_of(machine, names, root)) is None:
-        line = f"{names[0]},1 for an anomaly or {names[0]},0 for a normal clip"
-        raise ValueError(f"{root}/{machine}/labels.csv is missing; a line for each clip: {line}")
-    is_anomaly, is_target = np.array(labels)
+    is_anomaly, is_target = np.array(labels_of(machine, names, root or how.get("data", "data")))
     decisions, wrong = None, {}
     if (run / f"decision_result_{end}").exists():
         decisions = np.array(read_labels(run / f"decision_result_{end}", names))

@@ -304,9 +304,9 @@ def plot(path: Path, machine: str, rows: list[tuple], train_scores: np.ndarray, 
     top.plot(places, -np.sort(-train_scores), ".", color="silver", label="training clips")
     colours, label = "tab:blue", "test clips"
     with contextlib.suppress(ValueError):  # labels are missing or wrong: evaluate.py says which
-        if labels := evaluate.labels_of(machine, names, root):
-            colours = ["tab:red" if is_anomaly else "tab:green" for is_anomaly in labels[0]]
-            label = "test clips (green: normal, red: anomalous)"
+        is_anomaly, _ = evaluate.labels_of(machine, names, root)
+        colours = ["tab:red" if anomalous else "tab:green" for anomalous in is_anomaly]
+        label = "test clips (green: normal, red: anomalous)"
     top.scatter(range(len(rows)), scores, s=12, c=colours, zorder=2, label=label)
     top.axhline(thresholds[0], color="black", linestyle="--", label="threshold")
     top.set(title=machine, xlabel="clips, the highest scores first", ylabel="anomaly score")

@@ -110,14 +110,17 @@ def train_step(
     return mean_loss.item()
 
 
-def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace, device):
-    """Every clip once, in random order, at a random window of it -> batches (x, y).
+def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace, epoch: int):
+    """Yields every clip once, in random order, at a random window of it: x (B, 1024, 128), y (B,).
 
     Order and windows are drawn here, so that a run does not depend on the number of workers.
     """
     windows = RandomWindows(clips, labels, u=torch.rand(len(clips)))
     order = torch.randperm(len(clips)).tolist()
-    return make_loader(windows, args.workers, device, batch_size=args.batch_size, sampler=order)
+    device = torch.device(args.device)
+    loader = make_loader(windows, args.workers, device, batch_size=args.batch_size, sampler=order)
+    for x, y in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
+        yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
 def train(args: argparse.Namespace) -> None:
@@ -137,14 +140,14 @@ def train(args: argparse.Namespace) -> None:
     labels = [classes.index(name) for name in class_of_clip]
 
     # The model, the loss, the optimizer, and the learning rate: a linear warm-up, then constant.
-    device = torch.device(args.device)
     torch.manual_seed(1_000_000 * args.seed)
-    model = make_model(args).to(device)
+    model = make_model(args).to(args.device)
     if args.compile:
         model.compile(dynamic=False)  # one graph for full batches, one for the last of an epoch
-    arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(device)
+    arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(args.device)
     optimizer = make_optimizer(model, arcface, args)
-    n_steps = args.epochs * math.ceil(len(clips) / args.batch_size)
+    steps_per_epoch = math.ceil(len(clips) / args.batch_size)
+    n_steps = args.epochs * steps_per_epoch
     warmup = max(1, min(args.warmup, n_steps // 10))
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     trainable, total = count_parameters(model)
@@ -167,18 +170,15 @@ def train(args: argparse.Namespace) -> None:
     augment = SpecAug(args.time_mask, args.freq_mask)
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(1_000_000 * args.seed + epoch)
-        batches = shuffled_batches(clips, labels, args, device)
         sum_of_losses = 0.0
-        for x, y in tqdm(batches, f"epoch {epoch}", leave=False, disable=None):
-            x = augment(x.to(device, non_blocking=True))  # (B, 1024, 128)
-            y = y.to(device, non_blocking=True)  # (B,)
-            loss = train_step(model, arcface, optimizer, x, y, args.micro_batch)
+        for x, y in shuffled_batches(clips, labels, args, epoch):
+            loss = train_step(model, arcface, optimizer, augment(x), y, args.micro_batch)
             sum_of_losses += loss * len(y)
             lr = schedule.get_last_lr()[0]  # of this step
             schedule.step()
 
         mean_loss = sum_of_losses / len(clips)
-        log.append((epoch, epoch * len(batches), lr, mean_loss))
+        log.append((epoch, epoch * steps_per_epoch, lr, mean_loss))
         print(f"epoch {epoch}: loss {mean_loss:.4f}")
         states = {name: part.state_dict() for name, part in parts.items()}
         save_epoch(run, record, {"model": trained_state(model), **states, "log": log})
