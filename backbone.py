@@ -1,7 +1,7 @@
 """The pre-trained backbone: AST, the Audio Spectrogram Transformer (Gong et al. 2021).
 
-arXiv 2104.01778. A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins). A token has
-D dimensions:
+arXiv 2104.01778. A Vision Transformer on the spectrogram x (1024 frames, 128 mel bins), with tokens
+of D dimensions:
 
     z = [cls, dist, patches(x)] + pos                        1214 tokens: 2, and 12 · 101 patches
     z = z + Attention(LayerNorm(z))                          12 blocks of these two lines
@@ -136,7 +136,7 @@ class AttentiveStatisticsPooling(nn.Module):
 
     def __init__(self, dim: int, hidden: int = 128):
         super().__init__()
-        # W₁ in two parts, as [mean(h), std(h)] is the same for all tokens: once is enough for it.
+        # W₁ in two parts: [mean(h), std(h)] is the same for all tokens, so its part is done once.
         self.W1_token = nn.Linear(dim, hidden)
         self.W1_context = nn.Linear(2 * dim, hidden, bias=False)
         self.W2 = nn.Linear(hidden, dim, bias=False)

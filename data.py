@@ -3,15 +3,15 @@
 In DCASE2023 Task 2 a clip is called, for example,
 fan/test/section_00_target_test_anomaly_0022_m-n_W.wav:
 
-    machine     a type of machine (fan); here a folder that holds the folders train and test
+    machine     a type of machine (fan); on disk a folder that holds the folders train and test
     section     a subset of its clips; in 2023 each machine has one, 00
     domain      source, the usual conditions, has 990 training clips of a machine; target, changed
-                conditions, has 10. Test clips come from both, and scoring must not use the domain.
+                conditions, has 10. Test clips come from both; scoring must not use which.
     attributes  how it ran and was recorded (m-n_W): its speed, its load, the microphone, ...
     dev, eval   7 machines whose test clips carry their label in the name, and 7 others, whose
                 test clips are only numbered
 
-All training clips are normal. A clip's way to the network:
+All training clips are normal. How a clip reaches the network:
 
     wave          (n_samples,)     mono, 16 kHz, in [-1, 1]
     log-mel       (n_frames, 128)  X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])
@@ -82,8 +82,8 @@ def read_wav(path: str | Path) -> Tensor:
 def decode(path: str | Path) -> tuple[Tensor, int]:
     """A WAV file at its own rate: mono, (n,) float32 in [-1, 1], and the rate in Hz.
 
-    The scale matters: at that of int16 every log-mel value would be too large by
-    ln(32768²) = 20.8, and the results would still look plausible.
+    The scale matters: with samples of int16 as they are, every log-mel value would be too large
+    by ln(32768²) = 20.8, and the results would still look plausible.
     ValueError, naming file and reason: not a WAV file that scipy reads, truncated, not finite, of
     another scale, shorter than a frame.
     """
@@ -116,7 +116,7 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
 
 
 def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
-    """What the AST takes of a wave, from sample `start` on: (n_samples,) -> (1024, 128).
+    """The AST's input from a wave, from sample `start` on: (n_samples,) -> (1024, 128).
 
     Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py). The loader
     also subtracts the mean of the whole wave, which changes nothing: each frame loses its own.
@@ -141,14 +141,14 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
 
 
 def frames_beyond_a_window(n_samples: int) -> int:
-    """0 for a clip of 10 s, 174 for one of 12 s, which has 1198 frames."""
+    """How many more frames a clip has: 0 for 10 s, 174 for 12 s, which are 1198 frames."""
     return max(0, 1 + (n_samples - FRAME) // HOP - N_FRAMES)
 
 
 class RandomWindows(Dataset):
     """For training: dataset[i] is a random window of clip i, (1024, 128), and the clip's class.
 
-    u (n_clips,) in [0, 1) says where.
+    u (n_clips,) says where, from 0, the first place, to almost 1, the last.
     """
 
     def __init__(self, clips: list[Clip], labels: list[int], u: Tensor):

@@ -39,7 +39,7 @@ def machine_metrics(
     """The metrics of one machine, from 0 to 1. The arguments are (n,), with an entry for each clip.
 
     Returns auc_source, auc_target, pauc and, if there are decisions, precision, recall and f1 of
-    each domain. NaN where one is undefined: without normal clips, without anomalies.
+    each domain. An AUC is NaN without normal clips or without anomalies.
     """
     scores = np.asarray(scores)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
@@ -69,7 +69,7 @@ def decision_metrics(domain: str, is_anomaly: np.ndarray, decisions: np.ndarray)
     values = [math.nan] * 3
     if len(is_anomaly):
         options = {"average": "binary", "zero_division": 0}
-        values = precision_recall_fscore_support(is_anomaly, decisions, **options)
+        *values, _ = precision_recall_fscore_support(is_anomaly, decisions, **options)
     return {f"{what}_{domain}": float(v) for what, v in zip(("precision", "recall", "f1"), values)}
 
 

@@ -7,7 +7,7 @@
 
 This is their equation 3 with the scaling of their section 4.1 and the dropout of their code.
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
-Because the update is linear, it can be merged: W' = W + alpha/rank · B A costs nothing afterwards.
+Because the update is linear, it can be merged: W' = W + alpha/rank · B A then costs nothing extra.
 
 Nothing here knows about audio. The model needs a list of `blocks`; the linear layers in these are
 found by their names.
@@ -27,7 +27,7 @@ class LoRALinear(nn.Module):
     alpha    scales the update by alpha/rank
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
-    forward: x (..., in) -> (..., out). ValueError: one of them is out of range.
+    forward: x (..., in) -> (..., out). ValueError: rank, alpha or dropout out of range.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -71,10 +71,10 @@ def add_lora(
     not wrapped stays as it is: freeze the model before.
 
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
-    layers   indices into model.blocks, None for all
+    layers   which blocks: indices into model.blocks, None for all
 
-    ValueError: a layer that does not exist, a target that names no plain linear layer in them, or
-    what LoRALinear refuses.
+    ValueError: a block that does not exist, a target that names no linear layer in the chosen
+    blocks, or what LoRALinear refuses.
     """
     depth, found = len(model.blocks), set()
     for index in range(depth) if layers is None else layers:
@@ -109,7 +109,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state` into a model that was prepared in the same way. ValueError: it was not."""
     here = {name: p.shape for name, p in trained_state(model).items()}
     if here != {name: p.shape for name, p in state.items()}:
-        raise ValueError("other layers, another rank or another size was trained")
+        raise ValueError("the saved weights are of other layers, another rank or another size")
     model.load_state_dict(state, strict=False)
 
 

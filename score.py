@@ -3,8 +3,8 @@
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
     score(x) = mean of the k smallest d(x, y) over all y in the bank                     (k = 1)
 
-The bank holds all windows of the machine's training clips, of copies only one's. A clip of 10 s is
-one window, a longer one has several. Each is scored by itself; the clip has the score of its most
+The bank holds all windows of the machine's training clips; copies count once. A clip of 10 s is one
+window, one above 10.255 s has several. Each is scored by itself; the clip has the score of its most
 anomalous window. It is called anomalous if that is above the 90th percentile of the training clips'
 scores. A training clip is scored against the other training clips only.
 
@@ -26,8 +26,6 @@ import data
 import train as training
 from backbone import Embedder, load_ast
 from data import SAMPLE_RATE, AllWindows, Clip
-
-DENSITY_K = 4  # neighbours that ρ averages: ASDKit's default for this back-end (k_ref_normalize)
 
 
 @torch.inference_mode()
@@ -62,7 +60,7 @@ def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """Mean of the k smallest distances in each row: (m, n) -> (m,).
 
-    ValueError: a row has fewer than k that are finite.
+    ValueError: a row has fewer than k that are finite, or k < 1.
     """
     if not 1 <= k <= np.isfinite(d).sum(axis=1).min():
         why = "too few training clips, or training has diverged"
@@ -105,7 +103,7 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
 
     Both arguments have one score a clip. For a trained model the threshold is low: training has
     drawn those clips together, so more than 10 % of new normal clips may lie above it.
-    ValueError: a percentile below 1 (a share instead of per cent?) or above 100.
+    ValueError: a percentile below 1 (was 0.9 meant to be 90?) or above 100.
     """
     if not 1 <= percentile <= 100:
         raise ValueError(f"the percentile is from 1 to 100, not {percentile}")
@@ -114,7 +112,7 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
 
 
 def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
-    """The whole way of a machine, from its clips to its files."""
+    """Score one machine, from its clips to its files."""
     train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum of its file}
     kept = kept_embeddings(machine, train_clips | test_clips, model, model_id, args)
     # For each window: its embedding, the index of its clip, its first sample.
@@ -144,6 +142,9 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
     write_results(machine, report, train_clip_scores, model_id, args)
 
 
+DENSITY_K = 4  # neighbours: ASDKit's default for --normalize density (k_ref_normalize)
+
+
 def normalised(
     d_test: np.ndarray, d_train: np.ndarray, domain: np.ndarray, k: int, normalize: str
 ) -> tuple[np.ndarray, np.ndarray]:
@@ -152,13 +153,13 @@ def normalised(
     Distances differ between the many source and the few target clips, and in sparse regions even
     a normal sound is far from the next. Two ways to make them comparable:
 
-    density  d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its 4 nearest neighbours from
+    density  d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its nearest neighbours from
              other clips (Wilkinghoff et al. 2025, arXiv 2509.10951)
     test     min over the domains of (score - μ) / σ, with a bank for each domain, and μ and σ of
              all test windows' scores against that bank (from RMIS, code of the paper's lab). This
              is TRANSDUCTIVE: each score depends on the whole test set. Later rules forbid it.
 
-    When a training clip is scored, its windows leave the bank; ρ, μ and σ stay as they are.
+    When a training clip is scored, its windows leave the bank; ρ, μ and σ are not computed anew.
     """
     if normalize == "density":
         rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0

@@ -2,19 +2,19 @@
 
 Every training clip is normal. What is learned is to tell machines and their attributes apart: the
 class of a clip is its machine with its attributes. To tell them apart, the embedding must keep what
-distinguishes normal sounds. A sound that is none of them should lie far from all (score.py).
+tells normal sounds apart. A sound that is none of them should lie far from all (score.py).
 For a clip of class y, with the embedding e and a centre w_j for each class, all of unit length,
 
     cos θ_j = e · w_j
     loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])            ArcFace
 
 By default the LoRA matrices, the head and the class centres are trained; the pre-trained weights
-of the AST stay as they are. There is no validation set: it would need anomalies to choose by.
+of the AST stay as they are. There is no validation set: choosing an epoch would need anomalies.
 
     python train.py --machine fan            # or several, or dev, eval, all: one joint model
 
-writes runs/fan: args.json, log.csv, last.pt (all that is needed to continue) and adapter.pt (what
-was trained and scoring needs: all but the class centres). The same command again continues.
+writes runs/fan: args.json, log.csv, last.pt (all that is needed to continue) and adapter.pt (the
+trained weights for score.py, without the class centres). The same command again continues.
 """
 
 import argparse
@@ -65,8 +65,8 @@ class ArcFace(nn.Module):
 
 
 def make_model(args: argparse.Namespace) -> Embedder:
-    """The pre-trained AST and a new head. What requires a gradient is trained: the head, and of the
-    AST the adapters, everything or nothing (--tuning lora, full, frozen).
+    """The pre-trained AST and a new head. What requires a gradient is trained: the head, with
+    --tuning lora also the adapters, with full the whole AST, with frozen no more.
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
@@ -89,11 +89,12 @@ def train_step(
 ) -> float:
     """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,) -> the mean loss.
 
-    micro_batch of them go through the network at once (None: all); the result differs by rounding.
+    micro_batch of them go through the network at once (None: all). The result differs by rounding,
+    with --dropout also by its draws.
     ValueError: the loss is not finite; no step is taken then.
     """
     size = micro_batch or len(x)
-    mean_loss = 0.0  # becomes a tensor: .item() would wait for a GPU after each part
+    mean_loss = torch.zeros((), device=x.device)  # .item() after each part would wait for a GPU
     for x_part, y_part in zip(x.split(size), y.split(size)):
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.is_cuda):
             embedding = model(x_part)  # (b, embedding), float32 again
@@ -110,7 +111,7 @@ def train_step(
     return mean_loss.item()
 
 
-def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace, epoch: int):
+def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
     """Yields every clip once, in random order, at a random window of it: x (B, 1024, 128), y (B,).
 
     Order and windows are drawn here, so that a run does not depend on the number of workers.
@@ -119,7 +120,7 @@ def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace, e
     order = torch.randperm(len(clips)).tolist()
     device = torch.device(args.device)
     loader = make_loader(windows, args.workers, device, batch_size=args.batch_size, sampler=order)
-    for x, y in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
+    for x, y in tqdm(loader, "batches", leave=False, disable=None):
         yield x.to(device, non_blocking=True), y.to(device, non_blocking=True)
 
 
@@ -140,7 +141,7 @@ def train(args: argparse.Namespace) -> None:
     labels = [classes.index(name) for name in class_of_clip]
 
     # The model, the loss, the optimizer, and the learning rate: a linear warm-up, then constant.
-    torch.manual_seed(1_000_000 * args.seed)
+    torch.manual_seed(1_000_000 * args.seed)  # epoch e will have e more
     model = make_model(args).to(args.device)
     if args.compile:
         model.compile(dynamic=False)  # one graph for full batches, one for the last of an epoch
@@ -156,9 +157,9 @@ def train(args: argparse.Namespace) -> None:
     # A run that was interrupted continues after its last whole epoch.
     run = Path(args.run)
     record = make_record(args, clips, classes)
-    parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
+    parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}  # beside the model
     log = []  # a row for each finished epoch
-    saved = load_checkpoint(run, record)  # an error if the folder holds another run
+    saved = load_checkpoint(run, record)  # an error if it is another run's; only --epochs may grow
     if saved is not None:
         load_trained_state(model, saved["model"])
         for name, part in parts.items():
@@ -171,10 +172,10 @@ def train(args: argparse.Namespace) -> None:
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(1_000_000 * args.seed + epoch)
         sum_of_losses = 0.0
-        for x, y in shuffled_batches(clips, labels, args, epoch):
+        for x, y in shuffled_batches(clips, labels, args):
             loss = train_step(model, arcface, optimizer, augment(x), y, args.micro_batch)
             sum_of_losses += loss * len(y)
-            lr = schedule.get_last_lr()[0]  # of this step
+            lr = schedule.get_last_lr()[0]  # of this step, for the log
             schedule.step()
 
         mean_loss = sum_of_losses / len(clips)
@@ -191,11 +192,11 @@ def train(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The settings, and in brackets who chose their defaults.
 
-    [abstract]  that of the paper, arXiv 2409.07016    [reported]   others say so of the paper
-    [same lab]  a later report of its first author     [AST's own]  as the AST's authors trained it
-    [ASDKit]    an independent recipe, TakuyaFujimura/dcase-asd-toolkit
+    [abstract]  that of the paper, arXiv 2409.07016    [reported]    others say so of the paper
+    [same lab]  a later report of its first author     [AST's own]   as the AST's authors trained it
+    [ASDKit]    TakuyaFujimura/dcase-asd-toolkit       [our choice]  nobody else's
     """
-    about = "Train on normal sounds; the same command again continues. (default) [by whom: README]"
+    about = "Train on normal sounds; the same command again continues. (default) [source: README]"
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
     what = "names, or dev, eval, all: one joint model"
@@ -230,9 +231,9 @@ def make_parser() -> argparse.ArgumentParser:
     add("--freq-mask", type=int, default=80, help="widest, in mel bins (%(default)s) [same lab]")
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, default=1e-4, help="of head, classes, LoRA (%(default)s) [ASDKit]")
+    add("--lr", type=float, default=1e-4, help="of head, centres, LoRA (%(default)s) [ASDKit]")
     add("--ast-lr", type=float, default=1e-5, help="of a whole AST (%(default)s) [AST's own]")
-    add("--warmup", type=int, default=360, help="steps, at most a tenth (%(default)s) [same lab]")
+    add("--warmup", type=int, default=360, help="steps, <= a tenth of all (%(default)s) [same lab]")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s) [our choice]")
     add("--epochs", type=int, default=25, help="passes over all clips (%(default)s) [ASDKit]")
     add("--batch-size", type=int, default=32, help="clips in a step (%(default)s) [same lab]")

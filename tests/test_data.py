@@ -312,6 +312,14 @@ def tree(root: Path) -> list[str]:
     return sorted(str(path.relative_to(root)) for path in root.rglob("*") if path.is_file())
 
 
+def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path):
+    (tmp_path / "last.pt").write_text("old")
+    with pytest.raises(OSError), data.whole_file(tmp_path / "last.pt", "w") as file:
+        file.write("half of the ne")
+        raise OSError(28, "No space left on device")
+    assert tree(tmp_path) == ["last.pt"] and (tmp_path / "last.pt").read_text() == "old"
+
+
 def test_a_development_machine_is_fetched_verified_and_unpacked(
     server, monkeypatch, tmp_path, capsys
 ):
@@ -345,15 +353,6 @@ def test_nothing_is_fetched_into_a_folder_that_exists_or_for_a_machine_of_ones_o
     data.fetch("bearing", tmp_path)
     data.fetch("pump", tmp_path)
     assert server.requests == []
-
-
-def test_a_server_that_refuses_us_is_named(server, monkeypatch, tmp_path):
-    """As this one does a library's agent, but not ours: see the other tests."""
-    serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*CLIPS))
-    monkeypatch.setattr(data, "AGENT", "Python-urllib/3.11")
-    with pytest.raises(OSError, match=r"cannot fetch .*dev_fan.*403: Forbidden"):
-        data.fetch("fan", tmp_path)
-    assert tree(tmp_path) == []
 
 
 @pytest.mark.parametrize("fault", ["cut", "web page", "by hand"])

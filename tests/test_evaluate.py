@@ -310,18 +310,18 @@ def test_one_seed_twice_or_one_folder_twice_is_no_mean(tmp_path, capsys):
         assert f"{pair[1]} has the setting and the seed of {pair[0]}" in message
 
 
-def test_seeds_that_were_scored_on_different_clips_are_not_averaged(tmp_path, capsys):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_seeds_that_met_different_clips_are_not_averaged(tmp_path, capsys, split):
     runs = [run_folder(tmp_path / f"seed{seed}", args={}, seed=seed) for seed in (0, 1)]
-    scores = made_up(1)
-    scores["section_00_source_test_normal_0099_x.wav"] = 0.5
-    scored(tmp_path / "seed1", "fan", scores)
-    assert "±" not in table(capsys, "--machine", "fan", "--run", *runs)
-
-
-def test_seeds_that_were_trained_on_different_clips_are_not_averaged(tmp_path, capsys):
-    runs = [run_folder(tmp_path / f"seed{seed}", args={}, seed=seed) for seed in (0, 1)]
-    record = tmp_path / "seed1" / "args.json"
-    record.write_text(json.dumps(json.loads(record.read_text()) | {"clips": {"fan": 990}}))
+    if split == "test":
+        scored(
+            tmp_path / "seed1",
+            "fan",
+            made_up(1) | {"section_00_source_test_normal_0099_x.wav": 0.5},
+        )
+    else:
+        record = tmp_path / "seed1" / "args.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"clips": {"fan": 990}}))
     assert "±" not in table(capsys, "--machine", "fan", "--run", *runs)
 
 
