@@ -24,7 +24,6 @@ from conftest import (
     write_ast,
 )
 from scipy.io import wavfile
-from sklearn.neighbors import NearestNeighbors
 
 import backbone
 import data
@@ -69,17 +68,6 @@ def test_the_k_nearest_are_averaged():
     for k in (0, 4):
         with pytest.raises(ValueError, match=f"no distance to {k} windows"):
             nearest(found, k)
-
-
-def test_neighbours_equal_scikit_learns():
-    rng = np.random.default_rng(0)
-    rows = rng.normal(size=(700, 16)).astype(np.float32)
-    rows /= np.linalg.norm(rows, axis=1, keepdims=True)
-    bank, queries = rows[:650], rows[650:]
-    theirs = NearestNeighbors(n_neighbors=3, metric="cosine", algorithm="brute").fit(bank)
-    of_test, of_train = one_window_each(bank, queries, [None] * 650, 3, "none")
-    np.testing.assert_allclose(of_test, theirs.kneighbors(queries)[0].mean(axis=1), atol=1e-6)
-    np.testing.assert_allclose(of_train, theirs.kneighbors()[0].mean(axis=1), atol=1e-6)
 
 
 def test_a_clips_score_is_that_of_its_most_anomalous_window():
