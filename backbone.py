@@ -231,9 +231,9 @@ def load_ast(path: str | Path) -> AST:
                 state[name] = tensor
         dim = state["norm.weight"].numel()
         depth = sum(name.endswith("norm1.weight") for name in state)
-        with torch.device("meta"):  # shapes without memory: every weight comes from the file
+        with torch.random.fork_rng(devices=[]):  # all its random weights are replaced
             ast = AST(dim, depth, dim // HEAD_DIM)
-        ast.load_state_dict(state, assign=True)
+        ast.load_state_dict(state)
     except (ValueError, KeyError, RuntimeError) as error:
         what = f"{path} is not an AST in the hub's safetensors format (damaged?)"
         raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from error

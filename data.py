@@ -6,7 +6,7 @@ fan/test/section_00_target_test_anomaly_0022_m-n_W.wav:
     machine     a type of machine (fan); on disk a folder that holds the folders train and test
     section     a subset of its clips; in 2023 each machine has one, 00
     domain      source, the usual conditions, has 990 training clips of a machine; target, changed
-                conditions, has 10. Test clips come from both; scoring must not use which.
+                conditions, has 10. Test clips come from both; scoring must not use a test clip's.
     attributes  how it ran and was recorded (m-n_W): its speed, its load, the microphone, ...
     dev, eval   7 machines whose test clips carry their label in the name, and 7 others, whose
                 test clips are only numbered
@@ -19,8 +19,8 @@ All training clips are normal. How a clip reaches the network:
     SpecAug       (1024, 128)      in training a random stripe of time and one of frequency are 0
 
 Frame t is the 25 ms from t · 10 ms on, without its mean, pre-emphasised and tapered. M holds
-triangular filters, evenly spaced on the mel scale. 1024 frames are a window of 10.255 s. Of a
-longer clip, training takes a window at a random place in each epoch, scoring as many as cover it.
+triangular filters, evenly spaced on the mel scale; ε is 1.2e-7. 1024 frames are a window of 10.255
+s. Of a longer clip, training takes a random window in each epoch, scoring as many as cover it.
 
     python data.py --machine fan        # fetches a machine of DCASE2023 Task 2
 """
@@ -65,7 +65,7 @@ CLIP_NAME = r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}
 
 def parse_clip(path: str | Path) -> Clip:
     """Read <machine>/<split>/<name>. A name of another form, such as section_00_0000.wav of the
-    eval machines or that of one's own recording, tells nothing.
+    eval machines or that of your own recording, tells nothing.
     """
     path = Path(path)
     match = re.fullmatch(CLIP_NAME, path.name)
@@ -90,13 +90,14 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
     try:
         content = Path(path).read_bytes()
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # unknown chunks: fine
-            warnings.filterwarnings("error", "Reached EOF")  # a truncated file: not
+            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # unknown chunks are fine
+            warnings.filterwarnings("error", "Reached EOF")  # but a truncated file is an error
             rate, samples = wavfile.read(io.BytesIO(content))
+        seconds = len(samples) / rate
         fmt = content.index(b"fmt ") + 8
-        channels, n_bytes, bits = struct.unpack_from("<2xH8xHH", content, fmt)  # of all channels
-        if content[:4] == b"RIFF" and 8 * n_bytes != channels * bits:  # scipy would misread them
-            raise ValueError(f"{bits} bits a sample in {n_bytes // channels} bytes")
+        channels, block_bytes, bits = struct.unpack_from("<2xH8xHH", content, fmt)
+        if content[:4] == b"RIFF" and 8 * block_bytes != channels * bits:  # scipy would misread it
+            raise ValueError(f"{bits} bits a sample in {block_bytes // channels} bytes")
     except Exception as error:  # scipy raises many kinds where a header is damaged
         raise ValueError(f"{path} is no WAV file that can be read: {error}") from error
 
@@ -106,7 +107,7 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
     if samples.ndim == 2:
         samples = samples.mean(axis=1)  # over the channels
 
-    if len(samples) / rate < FRAME / SAMPLE_RATE:
+    if seconds < FRAME / SAMPLE_RATE:
         raise ValueError(f"{path} is shorter than a frame of 25 ms")
     if not np.isfinite(samples).all():
         raise ValueError(f"{path} has samples that are not finite (NaN or infinity)")
@@ -141,14 +142,14 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
 
 
 def frames_beyond_a_window(n_samples: int) -> int:
-    """How many more frames a clip has: 0 for 10 s, 174 for 12 s, which are 1198 frames."""
+    """How many more frames a clip has than a window: 0 for 10 s, 174 for 12 s."""
     return max(0, 1 + (n_samples - FRAME) // HOP - N_FRAMES)
 
 
 class RandomWindows(Dataset):
     """For training: dataset[i] is a random window of clip i, (1024, 128), and the clip's class.
 
-    u (n_clips,) says where, from 0, the first place, to almost 1, the last.
+    u (n_clips,) says where each clip's window lies: 0 is the first place, almost 1 the last.
     """
 
     def __init__(self, clips: list[Clip], labels: list[int], u: Tensor):
@@ -161,8 +162,8 @@ class RandomWindows(Dataset):
 
 
 class AllWindows(Dataset):
-    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), where they start, and how
-    it was recorded: seconds, level in dB (0 is full scale), and the file's Hz.
+    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), and the samples that they
+    start at.
     """
 
     def __init__(self, clips: list[Clip]):
@@ -171,12 +172,10 @@ class AllWindows(Dataset):
     def __len__(self) -> int:
         return len(self.clips)
 
-    def __getitem__(self, i: int) -> tuple[Tensor, list[int], tuple]:
-        wave, rate = decode(self.clips[i].path)
-        sound = (len(wave) / rate, 10 * math.log10(wave.square().mean() + 1e-12), rate)
-        wave = resample(wave, rate, SAMPLE_RATE)
+    def __getitem__(self, i: int) -> tuple[Tensor, list[int]]:
+        wave = read_wav(self.clips[i].path)
         starts = window_starts(len(wave))
-        return torch.stack([spectrogram(wave, start) for start in starts]), starts, sound
+        return torch.stack([spectrogram(wave, start) for start in starts]), starts
 
 
 def window_starts(n_samples: int) -> list[int]:

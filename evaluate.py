@@ -8,8 +8,8 @@
 
 AUC is the probability that an anomaly has a higher score than a normal clip: 1/2 is chance. The
 anomalies of both domains count, as in the official code; several public implementations take only
-those of the same domain. Precision, recall and F1 (metrics.csv) are of the decisions, within each
-domain, and no part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
+those of the same domain. Precision, recall and F1 (metrics.csv) are about the decisions in a domain
+and no part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
 
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± deviation
@@ -25,7 +25,7 @@ import numpy as np
 from scipy.stats import hmean
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
 
-# The three of a machine that the official score averages.
+# The three numbers of a machine that the official score averages.
 METRICS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
 EPS = sys.float_info.epsilon  # the official code's guard against a mean with a zero in it
 

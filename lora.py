@@ -68,7 +68,7 @@ def add_lora(
     layers: list[int] | None = None,
 ) -> None:
     """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place. All that is
-    not wrapped stays as it is: freeze the model before.
+    not wrapped stays as it is, so freeze the model first.
 
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   which blocks: indices into model.blocks, None for all

@@ -3,10 +3,10 @@
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
     score(x) = mean of the k smallest d(x, y) over all y in the bank                     (k = 1)
 
-The bank holds all windows of the machine's training clips; copies count once. A clip of 10 s is one
-window, one above 10.255 s has several. Each is scored by itself; the clip has the score of its most
-anomalous window. It is called anomalous if that is above the 90th percentile of the training clips'
-scores. A training clip is scored against the other training clips only.
+The bank holds all windows of the machine's training clips (equal files count once). A clip of 10 s
+is one window, one above 10.255 s has several. Each is scored by itself; the clip has the score of
+its most anomalous window. It is called anomalous if its score is above the 90th percentile of the
+training clips' scores. A training clip is scored against the other training clips only.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -32,20 +32,20 @@ from data import SAMPLE_RATE, AllWindows, Clip
 def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | None):
     """Embed all windows of all clips, in their order and in float32 on every device.
 
-    Yields for each window ((index of its clip, starts, sound), embedding (D,) of unit length);
-    starts and sound are what AllWindows tells of the clip.
+    Yields ((index of the clip, starts of all its windows), embedding (D,) of unit length) for each
+    window.
     """
     model.eval()
     device = model.ast.pos_embed.device
-    torch.backends.cudnn.allow_tf32 = False  # a GPU's convolution would keep 10 bits of 23
-
-    def windows():
-        loader = training.make_loader(AllWindows(clips), workers, device, batch_size=None)
-        for index, (x, starts, sound) in enumerate(loader):  # x (n, 1024, 128), of one clip
-            for window in x:
-                yield (index, starts, sound), window
+    torch.backends.cudnn.allow_tf32 = False  # TF32 would keep 10 of a float32's 23 mantissa bits
 
     # The windows go through the network batch_size at a time, however many a clip has.
+    def windows():
+        loader = training.make_loader(AllWindows(clips), workers, device, batch_size=None)
+        for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), of one clip
+            for window in x:
+                yield (index, starts), window
+
     waiting = windows()
     while batch := list(islice(waiting, batch_size)):
         of_clip, x = zip(*batch)
@@ -80,7 +80,7 @@ def anomaly_scores(
 
     test (m, D) and train (n, D) are embeddings; clip_id (n,) and domain (n,) tell which clip a
     training window is from, and that clip's domain: "source", "target", or None if it is not known.
-    ValueError: too few clips for what is asked.
+    ValueError: too few clips for what is asked, or see normalised.
     """
     d_test, d_train = distances(test, train), distances(train, train)  # (m, n), (n, n)
     d_train[clip_id[:, None] == clip_id] = np.inf  # no training clip is its own neighbour
@@ -101,7 +101,7 @@ def most_anomalous(scores: np.ndarray, clip_id: np.ndarray) -> np.ndarray:
 def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
     """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' scores.
 
-    Both arguments have one score a clip. For a trained model the threshold is low: training has
+    Both arguments have one score per clip. For a trained model the threshold is low: training has
     drawn those clips together, so more than 10 % of new normal clips may lie above it.
     ValueError: a percentile below 1 (was 0.9 meant to be 90?) or above 100.
     """
@@ -165,7 +165,7 @@ def normalised(
         rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
         return nearest(d_test / rho, k), nearest(d_train / rho, k)
 
-    of_test, of_train = [], []
+    of_test, of_train = [], []  # --normalize test
     for name in ("source", "target", None):  # None: not known
         bank = domain == name  # (n,) bool: these columns of the distances
         if bank.any():
@@ -196,7 +196,7 @@ SAVE_EVERY = 60  # seconds: how often embeddings are saved while they come
 def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
     """-> the training clips, of copies only one, and the test clips: {clip: checksum}.
 
-    Says what is judged, and what is left out. Errors: see list_clips.
+    Says what is judged, what is left out and what is unlike. Errors: see list_clips and decode.
     """
     clips, said = {}, {}
     for split in ("train", "test"):
@@ -213,11 +213,13 @@ def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
     if copies := sum(digest in bank for digest in clips["test"].values()):
         said["test"] += f" ({copies} copies of train clips)"
     print(f"{machine}: {said['test']} against {said['train']}")
-    return {clip: digest for digest, clip in bank.items()}, clips["test"]
+    clips["train"] = {clip: digest for digest, clip in bank.items()}
+    say_what_is_unlike(machine, [*clips["train"], *clips["test"]])
+    return clips["train"], clips["test"]
 
 
 def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
-    """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start, its sound)}.
+    """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start)}.
 
     Embeddings are kept in the run folder under model and content, so only what is new goes through
     the network, and neither Ctrl-C nor a bad clip costs what has been embedded.
@@ -232,27 +234,29 @@ def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, a
         windows = embed(model, list(new.values()), args.batch_size, args.workers)
         try:
             by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
-            for (index, starts, sound), rows in by_clip:
+            for (index, starts), rows in by_clip:
                 e = torch.from_numpy(np.stack([row for _, row in rows]))
-                kept[new_keys[index]] = (e, starts, sound)
+                kept[new_keys[index]] = (e, starts)
                 if time.monotonic() - saved > SAVE_EVERY:
                     training.save(file, kept)
                     saved = time.monotonic()
         finally:
             training.save(file, {key: kept[key] for key in keys.values() if key in kept})
-    found = {clip: kept[key] for clip, key in keys.items()}
-    say_what_is_unlike(machine, found)
-    return found
+    return {clip: kept[key] for clip, key in keys.items()}
 
 
-def say_what_is_unlike(machine: str, found: dict) -> None:
+def say_what_is_unlike(machine: str, clips: list[Clip]) -> None:
     """A line each on length, level and sample rate unlike those of most training clips. Below
     -80 dB there is little but rounding, whatever the others have.
     """
-    clips, sounds = list(found), np.array([sound for _, _, sound in found.values()])
+    sounds = []
+    for clip in clips:
+        wave, rate = data.decode(clip.path)
+        level = 10 * np.log10(wave.square().mean().item() + 1e-12)
+        sounds.append((len(wave) / rate, level, rate))
     in_train = np.array([clip.split == "train" for clip in clips])
     measures = [("length", "s", 0.5, 0), ("level", "dB", 6, -80), ("sample rate", "Hz", 0, 0)]
-    for values, (what, unit, slack, least) in zip(sounds.T, measures):
+    for values, (what, unit, slack, least) in zip(np.transpose(sounds), measures):
         low, high = np.percentile(values[in_train], [5, 95]).round(1)
         unlike = np.flatnonzero((values < max(low - slack, least)) | (values > high + slack))
         if len(unlike):
@@ -263,7 +267,7 @@ def say_what_is_unlike(machine: str, found: dict) -> None:
 
 
 def stacked(kept: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    e, starts, _ = zip(*(kept[clip] for clip in clips))
+    e, starts = zip(*(kept[clip] for clip in clips))
     clip_id = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
     return np.concatenate(e), clip_id, np.concatenate(starts)
 

@@ -1,8 +1,8 @@
 """Train: adapt the AST to the sounds of normal machines.
 
 Every training clip is normal. What is learned is to tell machines and their attributes apart: the
-class of a clip is its machine with its attributes. To tell them apart, the embedding must keep what
-tells normal sounds apart. A sound that is none of them should lie far from all (score.py).
+class of a clip is its machine with its attributes. To do so, the embedding must keep the details in
+which normal sounds differ. A sound that is none of them should lie far from all (score.py).
 For a clip of class y, with the embedding e and a centre w_j for each class, all of unit length,
 
     cos θ_j = e · w_j
@@ -66,7 +66,7 @@ class ArcFace(nn.Module):
 
 def make_model(args: argparse.Namespace) -> Embedder:
     """The pre-trained AST and a new head. What requires a gradient is trained: the head, with
-    --tuning lora also the adapters, with full the whole AST, with frozen no more.
+    --tuning lora also the adapters, with full the whole AST, with frozen nothing else.
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
@@ -89,8 +89,8 @@ def train_step(
 ) -> float:
     """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,) -> the mean loss.
 
-    micro_batch of them go through the network at once (None: all). The result differs by rounding,
-    with --dropout also by its draws.
+    micro_batch of them go through the network at once (None: all). That changes the result only by
+    rounding and, with --dropout, by its draws.
     ValueError: the loss is not finite; no step is taken then.
     """
     size = micro_batch or len(x)
@@ -112,7 +112,7 @@ def train_step(
 
 
 def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
-    """Yields every clip once, in random order, at a random window of it: x (B, 1024, 128), y (B,).
+    """Yields every clip once, in random order, a random window of each: x (B, 1024, 128), y (B,).
 
     Order and windows are drawn here, so that a run does not depend on the number of workers.
     """
@@ -127,7 +127,7 @@ def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
 def train(args: argparse.Namespace) -> None:
     """From the clips to runs/<name>/adapter.pt.
 
-    ValueError: unusable clips, one class only, another run in the folder, a loss not finite.
+    ValueError: unusable clips, one class only, another run in the folder, an infinite loss.
     """
     # The clips, and the class of each.
     clips = []
@@ -141,10 +141,10 @@ def train(args: argparse.Namespace) -> None:
     labels = [classes.index(name) for name in class_of_clip]
 
     # The model, the loss, the optimizer, and the learning rate: a linear warm-up, then constant.
-    torch.manual_seed(1_000_000 * args.seed)  # epoch e will have e more
+    torch.manual_seed(1_000_000 * args.seed)  # epoch e uses this + e
     model = make_model(args).to(args.device)
     if args.compile:
-        model.compile(dynamic=False)  # one graph for full batches, one for the last of an epoch
+        model.compile(dynamic=False)  # a graph for each size of batch
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(args.device)
     optimizer = make_optimizer(model, arcface, args)
     steps_per_epoch = math.ceil(len(clips) / args.batch_size)
@@ -152,14 +152,15 @@ def train(args: argparse.Namespace) -> None:
     warmup = max(1, min(args.warmup, n_steps // 10))
     schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / warmup))
     trainable, total = count_parameters(model)
-    print(f"{trainable:,} of {total:,} parameters are trained, in {n_steps:,} steps")
+    print(f"{trainable:,} of the model's {total:,} parameters are trained, in {n_steps:,} steps")
 
-    # A run that was interrupted continues after its last whole epoch.
+    # A run that was interrupted continues after its last whole epoch. Saved are the trained weights
+    # of the model, these three parts as they are, and the log.
     run = Path(args.run)
-    record = make_record(args, clips, classes)
-    parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}  # beside the model
+    parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
     log = []  # a row for each finished epoch
-    saved = load_checkpoint(run, record)  # an error if it is another run's; only --epochs may grow
+    record = make_record(args, clips, classes)
+    saved = load_checkpoint(run, record)  # an error if the records differ; only --epochs may grow
     if saved is not None:
         load_trained_state(model, saved["model"])
         for name, part in parts.items():
@@ -175,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
         for x, y in shuffled_batches(clips, labels, args):
             loss = train_step(model, arcface, optimizer, augment(x), y, args.micro_batch)
             sum_of_losses += loss * len(y)
-            lr = schedule.get_last_lr()[0]  # of this step, for the log
+            lr = schedule.get_last_lr()[0]  # of this step and of the head, for the log
             schedule.step()
 
         mean_loss = sum_of_losses / len(clips)
@@ -192,11 +193,11 @@ def train(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The settings, and in brackets who chose their defaults.
 
-    [abstract]  that of the paper, arXiv 2409.07016    [reported]    others say so of the paper
+    [abstract]  that of the paper, arXiv 2409.07016    [reported]    others report it of the paper
     [same lab]  a later report of its first author     [AST's own]   as the AST's authors trained it
-    [ASDKit]    TakuyaFujimura/dcase-asd-toolkit       [our choice]  nobody else's
+    [ASDKit]    TakuyaFujimura/dcase-asd-toolkit       [our choice]  without a source
     """
-    about = "Train on normal sounds; the same command again continues. (default) [source: README]"
+    about = "Train on normal sounds; the same command again continues. Help: (default) [its source]"
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
     what = "names, or dev, eval, all: one joint model"
@@ -246,10 +247,8 @@ def make_parser() -> argparse.ArgumentParser:
 import json
 import platform
 from collections import Counter
+from importlib.metadata import version
 
-import numpy as np
-import sklearn
-import torchaudio
 from torch.utils.data import DataLoader, Dataset
 
 
@@ -278,7 +277,7 @@ def make_record(args: argparse.Namespace, clips: list[data.Clip], classes: list[
         "classes": ["/".join(names) for names in classes],
         "clips": Counter(clip.machine for clip in clips),
         "weights_sha256": data.file_digest(args.weights),
-        "versions": {m.__name__: m.__version__ for m in (torch, torchaudio, np, sklearn)},
+        "versions": {name: version(name) for name in ("torch", "torchaudio", "numpy")},
         "hardware": torch.cuda.get_device_name(args.device) if on_gpu else platform.machine(),
     }
 

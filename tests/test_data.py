@@ -233,13 +233,11 @@ def test_random_windows_are_drawn_from_all_places_on_the_hop(tmp_path):
     assert torch.equal(x, spectrogram(read_wav(short.path)))
 
 
-def test_all_windows_of_a_clip_and_what_it_sounds_like(tmp_path):
-    """12 s at 8 kHz; int16 noise that is uniform in ±20000/32768 has a level of -9.06 dB."""
-    clip = clip_of(tmp_path, 96000, rate=8000)
-    x, starts, (seconds, level, rate) = AllWindows([clip])[0]
+def test_all_windows_of_a_clip(tmp_path):
+    clip = clip_of(tmp_path, 96000, rate=8000)  # 12 s
+    x, starts = AllWindows([clip])[0]
     wave = read_wav(clip.path)
-    assert starts == [0, 174 * 160] and (seconds, rate) == (12, 8000)
-    assert level == pytest.approx(20 * np.log10(20000 / 32768 / 3**0.5), abs=0.05)
+    assert starts == [0, 174 * 160]
     assert torch.equal(x, torch.stack([spectrogram(wave, start) for start in starts]))
 
 
