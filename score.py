@@ -213,36 +213,9 @@ def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
     if copies := sum(digest in bank for digest in clips["test"].values()):
         said["test"] += f" ({copies} copies of train clips)"
     print(f"{machine}: {said['test']} against {said['train']}")
-    clips["train"] = {clip: digest for digest, clip in bank.items()}
-    say_what_is_unlike(machine, [*clips["train"], *clips["test"]])
-    return clips["train"], clips["test"]
-
-
-def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
-    """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start)}.
-
-    Embeddings are kept in the run folder under model and content, so only what is new goes through
-    the network, and neither Ctrl-C nor a bad clip costs what has been embedded.
-    """
-    file = args.run / f"embeddings_{machine}.pt"
-    kept = training.load(file) if file.exists() else {}
-    keys = {clip: f"{model_id} {digest}" for clip, digest in clips.items()}
-    new = {key: clip for clip, key in keys.items() if key not in kept}
-    if new:
-        training.save(file, kept)  # a folder that cannot be written to is noticed now
-        new_keys, saved = list(new), time.monotonic()
-        windows = embed(model, list(new.values()), args.batch_size, args.workers)
-        try:
-            by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
-            for (index, starts), rows in by_clip:
-                e = torch.from_numpy(np.stack([row for _, row in rows]))
-                kept[new_keys[index]] = (e, starts)
-                if time.monotonic() - saved > SAVE_EVERY:
-                    training.save(file, kept)
-                    saved = time.monotonic()
-        finally:
-            training.save(file, {key: kept[key] for key in keys.values() if key in kept})
-    return {clip: kept[key] for clip, key in keys.items()}
+    train = {clip: digest for digest, clip in bank.items()}
+    say_what_is_unlike(machine, [*train, *clips["test"]])
+    return train, clips["test"]
 
 
 def say_what_is_unlike(machine: str, clips: list[Clip]) -> None:
@@ -264,6 +237,33 @@ def say_what_is_unlike(machine: str, clips: list[Clip]) -> None:
             usual = f"most training clips have {low:g} to {high:g} {unit}"
             what = f"{len(unlike)} of unusual {what} ({usual})"
             print(f"note: {machine}: {what}: {evaluate.first_ten(named)}")
+
+
+def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
+    """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start)}.
+
+    Embeddings are kept in the run folder under model and content, so that only what is new goes
+    through the network, also after Ctrl-C.
+    """
+    file = args.run / f"embeddings_{machine}.pt"
+    kept = training.load(file) if file.exists() else {}
+    keys = {clip: f"{model_id} {digest}" for clip, digest in clips.items()}
+    new = {key: clip for clip, key in keys.items() if key not in kept}
+    if new:
+        training.save(file, kept)  # a folder that cannot be written to is noticed now
+        new_keys, saved = list(new), time.monotonic()
+        windows = embed(model, list(new.values()), args.batch_size, args.workers)
+        try:
+            by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
+            for (index, starts), rows in by_clip:
+                e = torch.from_numpy(np.stack([row for _, row in rows]))
+                kept[new_keys[index]] = (e, starts)
+                if time.monotonic() - saved > SAVE_EVERY:
+                    training.save(file, kept)
+                    saved = time.monotonic()
+        finally:
+            training.save(file, {key: kept[key] for key in keys.values() if key in kept})
+    return {clip: kept[key] for clip, key in keys.items()}
 
 
 def stacked(kept: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
