@@ -270,7 +270,7 @@ def fetch_weights(path: str | Path) -> None:
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
     parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--weights", default=WEIGHTS, help="fetched if missing (%(default)s)")
+    parser.add_argument("--weights", default=WEIGHTS, help="your own file (%(default)s, fetched)")
     args = parser.parse_args(argv)
     with data.one_line_errors():
         fetch_weights(args.weights)

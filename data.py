@@ -340,17 +340,20 @@ def fetch(machine: str, root: str | Path) -> None:
         archives = {f"dev_{machine}": 7882613}  # name: Zenodo's record
     else:
         archives = {f"eval_data_{machine}_train": 7830345, f"eval_data_{machine}_test": 7860847}
+    for name, record in archives.items():
+        url = f"{ZENODO}/{record}/files/{name}.zip?download=1"
+        download(url, root / f"{name}.zip", "md5", ARCHIVE_MD5[name])
+    truths = {"labels.csv": "data", "domains.csv": "domain"} if machine in EVAL else {}
+    for name, kind in truths.items():
+        file = f"ground_truth_{kind}/ground_truth_{machine}_section_00_test.csv"
+        download(f"{GROUND_TRUTH}/{file}", root / f"{machine}_{name}")
+
     part = root / f".{machine}.part"
     shutil.rmtree(part, ignore_errors=True)  # what a command that was killed has left
-    for name, record in archives.items():
-        archive = root / f"{name}.zip"
-        url = f"{ZENODO}/{record}/files/{name}.zip?download=1"
-        download(url, archive, "md5", ARCHIVE_MD5[name])
-        zipfile.ZipFile(archive).extractall(part)  # <machine>/{train,test}/*.wav
-    if machine in EVAL:
-        for kind, name in (("data", "labels.csv"), ("domain", "domains.csv")):
-            file = f"ground_truth_{kind}/ground_truth_{machine}_section_00_test.csv"
-            download(f"{GROUND_TRUTH}/{file}", part / machine / name)
+    for name in archives:
+        zipfile.ZipFile(root / f"{name}.zip").extractall(part)  # <machine>/{train,test}/*.wav
+    for name in truths:
+        (root / f"{machine}_{name}").rename(part / machine / name)
     (part / machine).rename(root / machine)
     shutil.rmtree(part)
     for name in archives:

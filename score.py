@@ -346,7 +346,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
     add("--pooling", choices=["cls", "mean"], help=what)
     add("--k", type=int, default=1, help="neighbours to average (%(default)s) [same lab]")
-    what = "divide by local density; by the test scores (transductive) (%(default)s) [same lab]"
+    what = "density: divide by it; test: by the test scores, transductive (%(default)s) [same lab]"
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)

@@ -326,9 +326,15 @@ def test_an_evaluation_machine_comes_from_two_archives_with_its_ground_truth(
     train, test = "bandsaw/train/a.wav", "bandsaw/test/section_00_0000.wav"
     serve(server, monkeypatch, 7830345, "eval_data_bandsaw_train", zip_of(train))
     serve(server, monkeypatch, 7860847, "eval_data_bandsaw_test", zip_of(test))
-    for kind in ("data", "domain"):
-        name = f"ground_truth_{kind}/ground_truth_bandsaw_section_00_test.csv"
-        server.files[f"/truth/{name}"] = kind.encode()
+    for kind, name in (("data", "labels.csv"), ("domain", "domains.csv")):
+        by_hand = tmp_path / f"bandsaw_{name}"
+        with pytest.raises(OSError, match=rf"in a browser and put the file at {by_hand}"):
+            data.fetch("bandsaw", tmp_path)
+        url = f"/truth/ground_truth_{kind}/ground_truth_bandsaw_section_00_test.csv"
+        if kind == "data":
+            by_hand.write_text(kind)
+        else:
+            server.files[url] = kind.encode()
     data.fetch("bandsaw", tmp_path)
     assert tree(tmp_path) == ["bandsaw/domains.csv", "bandsaw/labels.csv", test, train]
     assert (tmp_path / "bandsaw" / "labels.csv").read_text() == "data"
