@@ -151,8 +151,10 @@ def read_json(path: Path) -> dict:
 
 
 def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[dict, list[str]]:
-    """A row of metrics.csv, and the clips' names. FileNotFoundError, ValueError: see read_csv."""
+    """A row of metrics.csv, and the clips' names. FileNotFoundError, ValueError: as they say."""
     end = f"{machine}_section_00_test.csv"
+    if not (run / f"anomaly_score_{end}").exists():
+        raise FileNotFoundError(f"{run} has no scores of {machine}: run score.py, or set --run")
     scores = read_csv(run / f"anomaly_score_{end}")
     names, how = list(scores), read_json(run / f"scoring_{machine}.json")
     is_anomaly, is_target = np.array(labels_of(machine, names, root or how.get("data", "data")))

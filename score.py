@@ -345,13 +345,14 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pretrained", action="store_true", help="the AST as it is: no training")
     what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
     add("--pooling", choices=["cls", "mean"], help=what)
-    add("--k", type=int, default=1, help="neighbours to average (%(default)s) [same lab]")
-    what = "density: divide by it; test: by the test scores, transductive (%(default)s) [same lab]"
+    what = "neighbours to average (%(default)s) [same lab]"
+    add("--k", type=training.positive, default=1, help=what)
+    what = "density: divide by it; test: standardise by the test scores (%(default)s) [same lab]"
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)
     training.add_hardware(add)
-    add("--batch-size", type=int, default=32, help="windows at once (%(default)s)")
+    add("--batch-size", type=training.positive, default=32, help="windows at once (%(default)s)")
     add("--plot", action="store_true", help="draw <machine>.png; needs matplotlib")
     return parser
 

@@ -231,7 +231,8 @@ WRONG = [
     ("score.py", FAN, None, "runs/fan is no finished run of train.py"),
     ("score.py", [*PUMP, "--pretrained"], web_page_for_a_clip, "b.wav is no WAV file"),
     ("score.py", [*FAN, "--pretrained", "--percentile", "0.9"], None, "from 1 to 100, not 0.9"),
-    ("evaluate.py", FAN[:2], None, "anomaly_score_fan_section_00_test.csv"),
+    ("train.py", [*FAN, "--epochs", "0"], None, "argument --epochs: invalid positive value: '0'"),
+    ("evaluate.py", FAN[:2], None, "runs/fan has no scores of fan: run score.py, or set --run"),
     ("data.py", ["--machine", "fna"], None, "no WAV file in data/fna/train"),
 ]  # fmt: skip
 
