@@ -151,7 +151,7 @@ def read_json(path: Path) -> dict:
 
 
 def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[dict, list[str]]:
-    """A row of metrics.csv, and the clips' names. FileNotFoundError, ValueError: as they say."""
+    """A row of metrics.csv, and the clips' names. Errors: no scores; see read_csv, labels_of."""
     end = f"{machine}_section_00_test.csv"
     if not (run / f"anomaly_score_{end}").exists():
         raise FileNotFoundError(f"{run} has no scores of {machine}: run score.py, or set --run")

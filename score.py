@@ -196,7 +196,7 @@ SAVE_EVERY = 60  # seconds: how often embeddings are saved while they come
 def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
     """-> the training clips, of copies only one, and the test clips: {clip: checksum}.
 
-    Says what is judged, what is left out and what is unlike. Errors: see list_clips and decode.
+    Says what is judged, and what is left out. Errors: see list_clips.
     """
     clips, said = {}, {}
     for split in ("train", "test"):
@@ -213,23 +213,23 @@ def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
     if copies := sum(digest in bank for digest in clips["test"].values()):
         said["test"] += f" ({copies} copies of train clips)"
     print(f"{machine}: {said['test']} against {said['train']}")
-    train = {clip: digest for digest, clip in bank.items()}
-    say_what_is_unlike(machine, [*train, *clips["test"]])
-    return train, clips["test"]
+    return {clip: digest for digest, clip in bank.items()}, clips["test"]
 
 
-def say_what_is_unlike(machine: str, clips: list[Clip]) -> None:
+def sound_of(clip: Clip) -> tuple[float, float, int]:
+    """Seconds, level in dB (0 is full scale), and the file's Hz. ValueError: see decode."""
+    wave, rate = data.decode(clip.path)
+    return len(wave) / rate, 10 * (wave.square().mean() + 1e-12).log10().item(), rate
+
+
+def say_what_is_unlike(machine: str, sounds: dict) -> None:
     """A line each on length, level and sample rate unlike those of most training clips. Below
     -80 dB there is little but rounding, whatever the others have.
     """
-    sounds = []
-    for clip in clips:
-        wave, rate = data.decode(clip.path)
-        level = 10 * np.log10(wave.square().mean().item() + 1e-12)
-        sounds.append((len(wave) / rate, level, rate))
+    clips = list(sounds)
     in_train = np.array([clip.split == "train" for clip in clips])
     measures = [("length", "s", 0.5, 0), ("level", "dB", 6, -80), ("sample rate", "Hz", 0, 0)]
-    for values, (what, unit, slack, least) in zip(np.transpose(sounds), measures):
+    for values, (what, unit, slack, least) in zip(np.transpose([*sounds.values()]), measures):
         low, high = np.percentile(values[in_train], [5, 95]).round(1)
         unlike = np.flatnonzero((values < max(low - slack, least)) | (values > high + slack))
         if len(unlike):
@@ -240,14 +240,16 @@ def say_what_is_unlike(machine: str, clips: list[Clip]) -> None:
 
 
 def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
-    """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start)}.
+    """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start, its sound)}.
 
-    Embeddings are kept in the run folder under model and content, so that only what is new goes
-    through the network, also after Ctrl-C.
+    They are kept in the run folder under model and content, also after Ctrl-C, so that only what is
+    new is decoded, all of it first, and embedded. Says what is unlike. Errors: see decode.
     """
     file = args.run / f"embeddings_{machine}.pt"
     kept = training.load(file) if file.exists() else {}
     keys = {clip: f"{model_id} {digest}" for clip, digest in clips.items()}
+    sounds = {key: kept[key][2] if key in kept else sound_of(clip) for clip, key in keys.items()}
+    say_what_is_unlike(machine, {clip: sounds[key] for clip, key in keys.items()})
     new = {key: clip for clip, key in keys.items() if key not in kept}
     if new:
         training.save(file, kept)  # a folder that cannot be written to is noticed now
@@ -257,7 +259,7 @@ def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, a
             by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
             for (index, starts), rows in by_clip:
                 e = torch.from_numpy(np.stack([row for _, row in rows]))
-                kept[new_keys[index]] = (e, starts)
+                kept[new_keys[index]] = (e, starts, sounds[new_keys[index]])
                 if time.monotonic() - saved > SAVE_EVERY:
                     training.save(file, kept)
                     saved = time.monotonic()
@@ -267,7 +269,7 @@ def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, a
 
 
 def stacked(kept: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    e, starts = zip(*(kept[clip] for clip in clips))
+    e, starts, _ = zip(*(kept[clip] for clip in clips))
     clip_id = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
     return np.concatenate(e), clip_id, np.concatenate(starts)
 
@@ -329,8 +331,7 @@ def draw_clip(axes, path: Path, seconds: float, what: str) -> None:
     n_frames = 1 + (len(wave) - data.FRAME) // data.HOP  # without the padding
     x = data.spectrogram(wave)[:n_frames].numpy()
     axes.imshow(x.T, origin="lower", aspect="auto", vmin=-1, vmax=1.2, cmap="magma")
-    title = f"{what}, from {seconds:.1f} s\n{path.name}"
-    axes.set_title(title, fontsize=8, parse_math=False)
+    axes.set_title(f"{what}, from {seconds:.1f} s\n{path.name}", fontsize=8, parse_math=False)
     axes.set(xlabel="frames of 10 ms", ylabel="mel bins up to 8 kHz")
 
 
@@ -347,7 +348,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pooling", choices=["cls", "mean"], help=what)
     what = "neighbours to average (%(default)s) [same lab]"
     add("--k", type=training.positive, default=1, help=what)
-    what = "density: divide by it; test: standardise by the test scores (%(default)s) [same lab]"
+    what = "density: divide by it; test: by all test scores, transductive (%(default)s) [same lab]"
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)

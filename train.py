@@ -127,7 +127,7 @@ def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
 def train(args: argparse.Namespace) -> None:
     """From the clips to runs/<name>/adapter.pt.
 
-    ValueError: unusable clips, one class only, another run in the folder, an infinite loss.
+    ValueError: unusable clips, one class only, another run in the folder, a loss not finite.
     """
     # The clips, and the class of each.
     clips = []
