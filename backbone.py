@@ -112,16 +112,6 @@ class AST(nn.Module):
         return self.norm(z)
 
 
-def mean_of_class_tokens(tokens: Tensor) -> Tensor:
-    """(B, N, D) -> (B, D), as AST was trained."""
-    return tokens[:, :2].mean(dim=1)
-
-
-def mean_of_patches(tokens: Tensor) -> Tensor:
-    """(B, N, D) -> (B, D), as in comparisons of untouched models (arXiv 2603.04605)."""
-    return tokens[:, 2:].mean(dim=1)
-
-
 class AttentiveStatisticsPooling(nn.Module):
     """Weighted mean and standard deviation over the patch tokens h, (B, N, D) -> (B, 2 D).
 
@@ -157,24 +147,29 @@ class Embedder(nn.Module):
     """AST and head, which is a pooling and a linear layer: x (B, 1024, 128) -> (B, embedding), of
     unit length.
 
-    pooling    "cls" (mean of the class tokens), "mean" (mean of the patch tokens), or "asp"
-               (attentive statistics of the patch tokens)
+    pooling    "cls"   mean of the class tokens, as AST was trained
+               "mean"  mean of the patches, as in comparisons of untouched models (arXiv 2603.04605)
+               "asp"   attentive statistics of the patches
     embedding  dimensions of the result; None: no linear layer (for the untouched AST)
     """
 
     def __init__(self, ast: AST, pooling: str, embedding: int | None):
         super().__init__()
         self.ast = ast
+        self.pooling = pooling
         dim = ast.norm.weight.numel()
-        if pooling == "asp":
-            self.pooling, pooled_dim = AttentiveStatisticsPooling(dim), 2 * dim
-        else:
-            means = {"cls": mean_of_class_tokens, "mean": mean_of_patches}
-            self.pooling, pooled_dim = means[pooling], dim
+        self.asp = AttentiveStatisticsPooling(dim) if pooling == "asp" else None
+        pooled_dim = 2 * dim if pooling == "asp" else dim
         self.linear = nn.Identity() if embedding is None else nn.Linear(pooled_dim, embedding)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = self.pooling(self.ast(x))
+        tokens = self.ast(x)
+        if self.pooling == "cls":
+            pooled = tokens[:, :2].mean(dim=1)
+        elif self.pooling == "mean":
+            pooled = tokens[:, 2:].mean(dim=1)
+        else:
+            pooled = self.asp(tokens)
         return F.normalize(self.linear(pooled).float())
 
 

@@ -256,8 +256,12 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 # What the commands share
 
 # What args.json holds and no result depends on. It does on the kind of device, see `precision`.
-CIRCUMSTANCES = {"run", "data", "weights", "workers", "device", "compile", "micro_batch"}
-CIRCUMSTANCES |= {"versions", "hardware"}
+CIRCUMSTANCES = "run data weights workers device compile micro_batch versions hardware args".split()
+
+
+def setting(record: dict) -> dict:
+    """Of what args.json holds, all that a result depends on: {"rank": 64, "classes": ..., ...}."""
+    return {k: v for k, v in (record | record["args"]).items() if k not in CIRCUMSTANCES}
 
 
 @contextmanager
@@ -330,34 +334,27 @@ AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo refuses thos
 def fetch(machine: str, root: str | Path) -> None:
     """Download, verify and unpack a machine of DCASE2023 (0.4 GB), unless its folder is there.
 
-    The folder appears when it is whole. That of an eval machine also gets the ground truth, which
-    the names of its clips do not tell: labels.csv and domains.csv. Errors: see download.
+    All happens in <machine>.part; <machine> appears when it is whole. That of an eval machine also
+    gets the ground truth, which the names of its clips do not tell. Errors: see download.
     """
     root = Path(root)
     if (root / machine).exists() or machine not in DEV + EVAL:
         return
+    part = root / f"{machine}.part"
     if machine in DEV:
         archives = {f"dev_{machine}": 7882613}  # name: Zenodo's record
     else:
         archives = {f"eval_data_{machine}_train": 7830345, f"eval_data_{machine}_test": 7860847}
     for name, record in archives.items():
-        url = f"{ZENODO}/{record}/files/{name}.zip?download=1"
-        download(url, root / f"{name}.zip", "md5", ARCHIVE_MD5[name])
-    truths = {"labels.csv": "data", "domains.csv": "domain"} if machine in EVAL else {}
-    for name, kind in truths.items():
+        url, path = f"{ZENODO}/{record}/files/{name}.zip?download=1", part / f"{name}.zip"
+        download(url, path, "md5", ARCHIVE_MD5[name])
+        zipfile.ZipFile(path).extractall(part)  # <machine>/{train,test}/*.wav
+    truths = {"data": "labels.csv", "domain": "domains.csv"} if machine in EVAL else {}
+    for kind, name in truths.items():
         file = f"ground_truth_{kind}/ground_truth_{machine}_section_00_test.csv"
-        download(f"{GROUND_TRUTH}/{file}", root / f"{machine}_{name}")
-
-    part = root / f".{machine}.part"
-    shutil.rmtree(part, ignore_errors=True)  # what a command that was killed has left
-    for name in archives:
-        zipfile.ZipFile(root / f"{name}.zip").extractall(part)  # <machine>/{train,test}/*.wav
-    for name in truths:
-        (root / f"{machine}_{name}").rename(part / machine / name)
+        download(f"{GROUND_TRUTH}/{file}", part / machine / name)
     (part / machine).rename(root / machine)
     shutil.rmtree(part)
-    for name in archives:
-        (root / f"{name}.zip").unlink()
 
 
 def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> None:

@@ -177,13 +177,10 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[
 
 
 def setting_of(run: Path, rows: list[dict], clips: list[list[str]]) -> str:
-    """All that a result depends on, but for the seed."""
-    # Without a record it is a setting of its own.
-    record = read_json(run / "args.json") or {"args": {"of": str(run)}}
-    left_out = data.CIRCUMSTANCES | {"args", "seed"}
-    setting = {k: value for k, value in (record | record["args"]).items() if k not in left_out}
-    how = [row["scored_with"] for row in rows]
-    return json.dumps([setting, how, clips], sort_keys=True)
+    """All that a result depends on, but the seed. A run without a record is a setting by itself."""
+    record = read_json(run / "args.json")
+    setting = data.setting(record) | {"seed": None} if record else str(run)
+    return json.dumps([setting, [row["scored_with"] for row in rows], clips], sort_keys=True)
 
 
 def percent(values: list[float]) -> str:
@@ -249,22 +246,21 @@ def main(argv: list[str] | None = None) -> None:
     add("--data", metavar="DIR", help="holds <machine>/labels.csv (where the clips were scored)")
     args = parser.parse_args(argv)
     with data.one_line_errors():
-        settings = {}  # setting -> its trials
+        settings = {}  # setting -> seed -> trial
         for run in map(Path, args.run or [f"runs/{'+'.join(args.machine)}"]):
             machines = data.machine_names(args.machine)
             rows, clips = zip(*(evaluate_machine(machine, run, args.data) for machine in machines))
-            trials = settings.setdefault(setting_of(run, rows, clips), [])
-            for other in trials:
-                if other[0]["seed"] == rows[0]["seed"]:
-                    raise ValueError(f"{run} has the setting and the seed of {other[0]['run']}")
-            trials.append(rows)
+            trials, seed = settings.setdefault(setting_of(run, rows, clips), {}), rows[0]["seed"]
+            if seed in trials:
+                raise ValueError(f"{run} has the setting and the seed of {trials[seed][0]['run']}")
+            trials[seed] = rows
             for row in rows:
                 of_set = [other for other in rows if other["set"] == row["set"]]
                 row["official_score"] = official_score(of_set)
             header = dict.fromkeys(key for row in rows for key in row)
             lines = [[row.get(key, "") for key in header] for row in rows]
             data.write_csv(run / "metrics.csv", [header, *lines])
-    found = list(settings.values())
+    found = [list(trials.values()) for trials in settings.values()]
     print(table(found[0]) if len(found) == 1 else ablation(found))
 
 

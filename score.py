@@ -346,8 +346,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pretrained", action="store_true", help="the AST as it is: no training")
     what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
     add("--pooling", choices=["cls", "mean"], help=what)
-    what = "neighbours to average (%(default)s) [same lab]"
-    add("--k", type=training.positive, default=1, help=what)
+    add("--k", type=training.positive, default=1, help="neighbours (%(default)s) [same lab]")
     what = "density: divide by it; test: by all test scores, transductive (%(default)s) [same lab]"
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"

@@ -197,11 +197,10 @@ def make_parser() -> argparse.ArgumentParser:
     [same lab]  a later report of its first author     [AST's own]   as the AST's authors trained it
     [ASDKit]    TakuyaFujimura/dcase-asd-toolkit       [our choice]  without a source
     """
-    about = "Train on normal sounds. Behind each setting: (default) [who chose it, see README]."
+    about = "Train one model. Behind each setting: its (default), and [who chose it, see README]."
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
-    what = "names, or dev, eval, all: one joint model"
-    add("--machine", nargs="+", required=True, metavar="NAME", help=what)
+    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
     add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
@@ -286,12 +285,13 @@ def load_checkpoint(run: Path, record: dict) -> dict | None:
     """What last.pt holds. None: the folder has none. ValueError: it is that of another run."""
     if not (run / "last.pt").exists():
         return None
-    old, new = json.loads((run / "args.json").read_text()), json.loads(json.dumps(record))
-    was, now, changes = old | old["args"], new | new["args"], []
-    for key in sorted(now.keys() - data.CIRCUMSTANCES - {"args"}):
-        more_epochs = key == "epochs" and now[key] > was[key]
-        if now[key] != was.get(key) and not more_epochs:
-            changes.append(f"{key} was {str(was.get(key))[:60]}, is {str(now[key])[:60]}")
+    was = data.setting(json.loads((run / "args.json").read_text()))
+    now = data.setting(json.loads(json.dumps(record)))
+    was["epochs"] = max(was["epochs"], now["epochs"])  # more may be trained
+    changes = []
+    for key, value in now.items():
+        if value != was.get(key):
+            changes.append(f"{key} was {str(was.get(key))[:60]}, is {str(value)[:60]}")
     if changes:
         other = f"{run} holds another run ({'; '.join(changes)})"
         raise ValueError(f"{other}: delete the folder, or name another with --run")

@@ -81,10 +81,10 @@ class Theirs(torch.nn.Module):
             assert len(layers) == 24
             config = peft.LoraConfig(r=64, lora_alpha=64, target_modules=layers)
             self.ast = peft.get_peft_model(self.ast, config)
-        self.pooling, self.linear = ours.pooling, ours.linear
+        self.asp, self.linear = ours.asp, ours.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.linear(self.pooling(self.ast(x).last_hidden_state)).float())
+        return F.normalize(self.linear(self.asp(self.ast(x).last_hidden_state)).float())
 
 
 def make_step(args: argparse.Namespace, x: torch.Tensor, theirs=False, micro_batch=None):

@@ -76,9 +76,9 @@ def embedding(w: dict, head: dict | None, x: Tensor, scaling: float = 1.0) -> Te
     h = z[:, 2:]
     context = torch.cat([h, h.mean(1, keepdim=True).expand_as(h),
                          h.std(1, correction=0, keepdim=True).expand_as(h)], 2)  # fmt: skip
-    W = torch.cat([head["pooling.W1_token.weight"], head["pooling.W1_context.weight"]], 1)
-    hidden = torch.tanh(context @ W.T + head["pooling.W1_token.bias"])
-    a = (hidden @ head["pooling.W2.weight"].T).softmax(1)
+    W = torch.cat([head["asp.W1_token.weight"], head["asp.W1_context.weight"]], 1)
+    hidden = torch.tanh(context @ W.T + head["asp.W1_token.bias"])
+    a = (hidden @ head["asp.W2.weight"].T).softmax(1)
     mean = (a * h).sum(1)
     std = ((a * (h - mean[:, None]) ** 2).sum(1)).sqrt()
     return F.normalize(torch.cat([mean, std], 1) @ head["linear.weight"].T + head["linear.bias"])
@@ -108,8 +108,8 @@ def train(waves, labels, public, *, tuning, epochs, batch, seed, lr, ast_lr, war
             trained[name + ".B"] = torch.zeros(D, rank)
     if tuning == "full":
         trained |= w
-    sizes = {"pooling.W1_token": (D, 128, True), "pooling.W1_context": (2 * D, 128, False),
-             "pooling.W2": (128, D, False), "linear": (2 * D, E, True)}  # fmt: skip
+    sizes = {"asp.W1_token": (D, 128, True), "asp.W1_context": (2 * D, 128, False),
+             "asp.W2": (128, D, False), "linear": (2 * D, E, True)}  # fmt: skip
     head = {}
     for name, (fan_in, fan_out, bias) in sizes.items():
         head[name + ".weight"] = uniform(fan_out, fan_in, bound=1 / math.sqrt(fan_in))

@@ -227,7 +227,7 @@ WRONG = [
     ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav is no WAV file"),
     ("train.py", ["--machine", "fan"], web_page_for_weights, "has not the sha256 ae0c1e2a"),
     ("train.py", ["--machine", "fan"], None, "put the file at weights/ast.safetensors"),
-    ("train.py", ["--machine", "bearing"], None, "put the file at data/dev_bearing.zip"),
+    ("train.py", ["--machine", "bearing"], None, "at data/bearing.part/dev_bearing.zip"),
     ("score.py", FAN, None, "runs/fan is no finished run of train.py"),
     ("score.py", [*PUMP, "--pretrained"], web_page_for_a_clip, "b.wav is no WAV file"),
     ("score.py", [*FAN, "--pretrained", "--percentile", "0.9"], None, "from 1 to 100, not 0.9"),

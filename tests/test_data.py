@@ -327,7 +327,7 @@ def test_an_evaluation_machine_comes_from_two_archives_with_its_ground_truth(
     serve(server, monkeypatch, 7830345, "eval_data_bandsaw_train", zip_of(train))
     serve(server, monkeypatch, 7860847, "eval_data_bandsaw_test", zip_of(test))
     for kind, name in (("data", "labels.csv"), ("domain", "domains.csv")):
-        by_hand = tmp_path / f"bandsaw_{name}"
+        by_hand = tmp_path / "bandsaw.part" / "bandsaw" / name
         with pytest.raises(OSError, match=rf"in a browser and put the file at {by_hand}"):
             data.fetch("bandsaw", tmp_path)
         url = f"/truth/ground_truth_{kind}/ground_truth_bandsaw_section_00_test.csv"
@@ -358,15 +358,17 @@ def test_a_wrong_checksum_is_refused_and_no_folder_appears(server, monkeypatch, 
     elif fault == "web page":
         server.files["/zenodo/7882613/files/dev_fan.zip"] = b"<!doctype html>"
     else:
-        (tmp_path / "dev_fan.zip").write_bytes(b"another file")
+        (tmp_path / "fan.part").mkdir()
+        (tmp_path / "fan.part" / "dev_fan.zip").write_bytes(b"another file")
     with pytest.raises(ValueError, match=r"dev_fan\.zip has not the md5 .*: delete it"):
         data.fetch("fan", tmp_path)
-    assert tree(tmp_path) == ["dev_fan.zip"]
+    assert tree(tmp_path) == ["fan.part/dev_fan.zip"]
 
 
 def test_an_archive_put_there_by_hand_is_used(server, monkeypatch, tmp_path):
     serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*CLIPS))
-    (tmp_path / "dev_fan.zip").write_bytes(zip_of(*CLIPS))
+    (tmp_path / "fan.part").mkdir()
+    (tmp_path / "fan.part" / "dev_fan.zip").write_bytes(zip_of(*CLIPS))
     data.fetch("fan", tmp_path)
     assert server.requests == [] and tree(tmp_path) == sorted(CLIPS)
 
