@@ -113,7 +113,7 @@ class AST(nn.Module):
 
 
 class AttentiveStatisticsPooling(nn.Module):
-    """Weighted mean and standard deviation over the patch tokens h, (B, N, D) -> (B, 2 D).
+    """Weighted mean and standard deviation over the patches h, (B, N, D) -> (B, 2 D).
 
         a = softmax over the tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])
         out = [Σ a h,  √Σ a (h - Σ a h)²]
@@ -131,8 +131,7 @@ class AttentiveStatisticsPooling(nn.Module):
         self.W1_context = nn.Linear(2 * dim, hidden, bias=False)
         self.W2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        h = tokens[:, 2:]  # (B, 1212, D)
+    def forward(self, h: Tensor) -> Tensor:
         plain_std, plain_mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D)
         context = self.W1_context(torch.cat([plain_mean, plain_std], dim=2))  # (B, 1, hidden)
         a = self.W2(torch.tanh(self.W1_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
@@ -169,7 +168,7 @@ class Embedder(nn.Module):
         elif self.pooling == "mean":
             pooled = tokens[:, 2:].mean(dim=1)
         else:
-            pooled = self.asp(tokens)
+            pooled = self.asp(tokens[:, 2:])
         return F.normalize(self.linear(pooled).float())
 
 

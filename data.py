@@ -3,24 +3,24 @@
 In DCASE2023 Task 2 a clip is called, for example,
 fan/test/section_00_target_test_anomaly_0022_m-n_W.wav:
 
-    machine     a type of machine (fan); on disk a folder that holds the folders train and test
+    machine     a type of machine, fan: a folder with the folders train and test
     section     a subset of its clips; in 2023 each machine has one, 00
     domain      source, the usual conditions, has 990 training clips of a machine; target, changed
-                conditions, has 10. Test clips come from both; scoring must not use a test clip's.
-    attributes  how it ran and was recorded (m-n_W): its speed, its load, the microphone, ...
-    dev, eval   7 machines whose test clips carry their label in the name, and 7 others, whose
-                test clips are only numbered
+                conditions, has 10. Test clips come from both; a score must not depend on which.
+    attributes  how it ran and was recorded, m-n_W: its speed, its load, the microphone, ...
 
-All training clips are normal. How a clip reaches the network:
+All training clips are normal. The test clips of seven machines (dev) are called normal or anomaly;
+those of seven others (eval) are only numbered. How a clip reaches the network:
 
     wave          (n_samples,)     mono, 16 kHz, in [-1, 1]
     log-mel       (n_frames, 128)  X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])
-    spectrogram   (1024, 128)      X, padded with zeros or cut, is normalised: (X + 4.268) / 9.138
+    spectrogram   (1024, 128)      (X + 4.268) / 9.138, X padded with zeros or one window of it
     SpecAug       (1024, 128)      in training a random stripe of time and one of frequency are 0
 
 Frame t is the 25 ms from t · 10 ms on, without its mean, pre-emphasised and tapered. M holds
-triangular filters, evenly spaced on the mel scale; ε is 1.2e-7. 1024 frames are a window of 10.255
-s. Of a longer clip, training takes a random window in each epoch, scoring as many as cover it.
+triangular filters, evenly spaced on the mel scale; ε is 1.2e-7. A clip of more than 1024 frames
+(10.255 s) has several windows: training takes a random one in each epoch, scoring all it needs to
+cover the clip.
 
     python data.py --machine fan        # fetches a machine of DCASE2023 Task 2
 """
@@ -57,7 +57,7 @@ class Clip(NamedTuple):
     split: str  # "train" or "test"
     domain: str | None  # "source" or "target"
     is_anomaly: bool | None
-    attributes: str  # "m-n_W"; a class of training is (machine, attributes)
+    attributes: str  # "m-n_W"; the classes of training are the pairs (machine, attributes)
 
 
 CLIP_NAME = r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}_?(.*)\.(?i:wav)"
@@ -96,7 +96,8 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
         seconds = len(samples) / rate
         fmt = content.index(b"fmt ") + 8
         channels, block_bytes, bits = struct.unpack_from("<2xH8xHH", content, fmt)
-        if content[:4] == b"RIFF" and 8 * block_bytes != channels * bits:  # scipy would misread it
+        # Such as 24 bits in 4 bytes: scipy takes them for 32.
+        if content[:4] == b"RIFF" and 8 * block_bytes != channels * bits:
             raise ValueError(f"{bits} bits a sample in {block_bytes // channels} bytes")
     except Exception as error:  # scipy raises many kinds where a header is damaged
         raise ValueError(f"{path} is no WAV file that can be read: {error}") from error
@@ -162,8 +163,8 @@ class RandomWindows(Dataset):
 
 
 class AllWindows(Dataset):
-    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), and the samples that they
-    start at.
+    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), and where each starts, in
+    samples.
     """
 
     def __init__(self, clips: list[Clip]):
@@ -271,8 +272,9 @@ def one_line_errors():
         yield
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command again continues with what has been saved")
-    except (ValueError, OSError, ImportError) as error:
-        reason = str(error).strip().splitlines()[-1]  # the last line of a worker's traceback
+    except (ValueError, OSError, ImportError, RuntimeError) as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[-1] if "Traceback" in str(error) else lines[0]  # that of a reading process
         sys.exit(f"{Path(sys.argv[0]).name}: error: {reason}")
 
 

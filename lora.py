@@ -13,6 +13,7 @@ Nothing here knows about audio. The model needs a list of `blocks`; the linear l
 found by their names.
 """
 
+import copy
 import math
 
 import torch
@@ -50,12 +51,9 @@ class LoRALinear(nn.Module):
     @torch.no_grad()
     def merged(self) -> nn.Linear:
         """A new, ordinary layer with W + alpha/rank · B A, summed in float32."""
-        W, bias = self.base.weight, self.base.bias
-        out_features, in_features = W.shape
-        layer = nn.Linear(in_features, out_features, bias is not None, W.device, W.dtype)
-        layer.weight.copy_(W.float() + self.scaling * (self.B.float() @ self.A.float()))
-        if bias is not None:
-            layer.bias.copy_(bias)
+        layer = copy.deepcopy(self.base)
+        update = self.scaling * (self.B.float() @ self.A.float())
+        layer.weight.copy_(layer.weight.float() + update)
         return layer
 
 
@@ -80,7 +78,7 @@ def add_lora(
     for index in range(depth) if layers is None else layers:
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
-        for parent in list(model.blocks[index].modules()):
+        for parent in list(model.blocks[index].modules()):  # a list: the tree changes on the way
             for name, child in list(parent.named_children()):
                 if name in targets and isinstance(child, nn.Linear):
                     setattr(parent, name, LoRALinear(child, rank, alpha, dropout))

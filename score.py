@@ -1,7 +1,7 @@
 """Score: how far is a test clip from the nearest normal training clip of its machine?
 
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
-    score(x) = mean of the k smallest d(x, y) over all y in the bank                     (k = 1)
+    score(x) = mean of the k smallest d(x, y) over all y in the bank; k is 1 if not told otherwise
 
 The bank holds all windows of the machine's training clips (equal files count once). A clip of 10 s
 is one window, one above 10.255 s has several. Each is scored by itself; the clip has the score of
@@ -15,7 +15,7 @@ writes the challenge's CSV files into the run folder, and report_fan.csv for peo
 """
 
 import argparse
-from itertools import groupby, islice
+from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
 
@@ -37,19 +37,16 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | No
     """
     model.eval()
     device = model.ast.pos_embed.device
-    torch.backends.cudnn.allow_tf32 = False  # TF32 would keep 10 of a float32's 23 mantissa bits
-
-    # The windows go through the network batch_size at a time, however many a clip has.
-    def windows():
-        loader = training.make_loader(AllWindows(clips), workers, device, batch_size=None)
-        for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), of one clip
-            for window in x:
-                yield (index, starts), window
-
-    waiting = windows()
-    while batch := list(islice(waiting, batch_size)):
-        of_clip, x = zip(*batch)
-        yield from zip(of_clip, model(torch.stack(x).to(device)).cpu().numpy())
+    torch.backends.cudnn.allow_tf32 = False  # it has 10 of a float32's 23 mantissa bits
+    loader = training.make_loader(AllWindows(clips), workers, device, batch_size=None)
+    waiting = []  # windows that have not yet been through the network, batch_size at a time
+    for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), of one clip
+        waiting += [((index, starts), window) for window in x]
+        is_last = index == len(clips) - 1
+        while len(waiting) >= batch_size or (is_last and waiting):
+            of_clip, batch = zip(*waiting[:batch_size])
+            waiting = waiting[batch_size:]
+            yield from zip(of_clip, model(torch.stack(batch).to(device)).cpu().numpy())
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -60,9 +57,9 @@ def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """Mean of the k smallest distances in each row: (m, n) -> (m,).
 
-    ValueError: a row has fewer than k that are finite, or k < 1.
+    ValueError: a row has fewer than k that are finite.
     """
-    if not 1 <= k <= np.isfinite(d).sum(axis=1).min():
+    if k > np.isfinite(d).sum(axis=1).min():
         why = "too few training clips, or training has diverged"
         raise ValueError(f"no distance to {k} windows of other clips: {why}")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
@@ -113,7 +110,7 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
 
 def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
     """Score one machine, from its clips to its files."""
-    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum of its file}
+    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum}, in order of name
     kept = kept_embeddings(machine, train_clips | test_clips, model, model_id, args)
     # For each window: its embedding, the index of its clip, its first sample.
     train, train_id, train_start = stacked(kept, train_clips)
@@ -159,7 +156,7 @@ def normalised(
              all test windows' scores against that bank (from RMIS, code of the paper's lab). This
              is TRANSDUCTIVE: each score depends on the whole test set. Later rules forbid it.
 
-    When a training clip is scored, its windows leave the bank; ρ, μ and σ are not computed anew.
+    When a training clip is scored, its windows leave the bank; ρ, μ and σ stay as they are.
     """
     if normalize == "density":
         rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
@@ -223,15 +220,13 @@ def sound_of(clip: Clip) -> tuple[float, float, int]:
 
 
 def say_what_is_unlike(machine: str, sounds: dict) -> None:
-    """A line each on length, level and sample rate unlike those of most training clips. Below
-    -80 dB there is little but rounding, whatever the others have.
-    """
+    """A line each on length, level and sample rate unlike those of most training clips."""
     clips = list(sounds)
     in_train = np.array([clip.split == "train" for clip in clips])
-    measures = [("length", "s", 0.5, 0), ("level", "dB", 6, -80), ("sample rate", "Hz", 0, 0)]
-    for values, (what, unit, slack, least) in zip(np.transpose([*sounds.values()]), measures):
+    measures = [("length", "s", 0.5), ("level", "dB", 6), ("sample rate", "Hz", 0)]
+    for values, (what, unit, slack) in zip(np.transpose([*sounds.values()]), measures):
         low, high = np.percentile(values[in_train], [5, 95]).round(1)
-        unlike = np.flatnonzero((values < max(low - slack, least)) | (values > high + slack))
+        unlike = np.flatnonzero((values < low - slack) | (values > high + slack))
         if len(unlike):
             named = [f"{clips[i].split}/{clips[i].path.name} ({values[i]:.6g})" for i in unlike]
             usual = f"most training clips have {low:g} to {high:g} {unit}"

@@ -125,7 +125,7 @@ def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
 
 
 def train(args: argparse.Namespace) -> None:
-    """From the clips to runs/<name>/adapter.pt.
+    """From the clips to <run>/adapter.pt.
 
     ValueError: unusable clips, one class only, another run in the folder, a loss not finite.
     """
@@ -141,8 +141,8 @@ def train(args: argparse.Namespace) -> None:
     labels = [classes.index(name) for name in class_of_clip]
 
     # The model, the loss, the optimizer, and the learning rate: a linear warm-up, then constant.
-    torch.manual_seed(1_000_000 * args.seed)  # epoch e uses this + e
-    model = make_model(args).to(args.device)
+    torch.manual_seed(1_000_000 * args.seed)
+    model = make_model(args).to(args.device)  # in training mode, as every new module
     if args.compile:
         model.compile(dynamic=False)  # a graph for each size of batch
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(args.device)
@@ -154,13 +154,13 @@ def train(args: argparse.Namespace) -> None:
     trainable, total = count_parameters(model)
     print(f"{trainable:,} of the model's {total:,} parameters are trained, in {n_steps:,} steps")
 
-    # A run that was interrupted continues after its last whole epoch. Saved are the trained weights
-    # of the model, these three parts as they are, and the log.
+    # A run that was interrupted continues after its last whole epoch. The model is no such part: of
+    # its weights only those that are trained are saved.
     run = Path(args.run)
     parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
-    log = []  # a row for each finished epoch
+    log = []  # a row for each finished epoch, so that its length says where to continue
     record = make_record(args, clips, classes)
-    saved = load_checkpoint(run, record)  # an error if the records differ; only --epochs may grow
+    saved = load_checkpoint(run, record)  # an error if any but --epochs has changed since
     if saved is not None:
         load_trained_state(model, saved["model"])
         for name, part in parts.items():
@@ -176,7 +176,7 @@ def train(args: argparse.Namespace) -> None:
         for x, y in shuffled_batches(clips, labels, args):
             loss = train_step(model, arcface, optimizer, augment(x), y, args.micro_batch)
             sum_of_losses += loss * len(y)
-            lr = schedule.get_last_lr()[0]  # of this step and of the head, for the log
+            lr = schedule.get_last_lr()[0]  # the head's in this step, for the log
             schedule.step()
 
         mean_loss = sum_of_losses / len(clips)
@@ -193,9 +193,12 @@ def train(args: argparse.Namespace) -> None:
 def make_parser() -> argparse.ArgumentParser:
     """The settings, and in brackets who chose their defaults.
 
-    [abstract]  that of the paper, arXiv 2409.07016    [reported]    others report it of the paper
-    [same lab]  a later report of its first author     [AST's own]   as the AST's authors trained it
-    [ASDKit]    TakuyaFujimura/dcase-asd-toolkit       [our choice]  without a source
+    [abstract]    that of the paper, arXiv 2409.07016
+    [reported]    other authors say that it is the paper's
+    [same lab]    a later report of the paper's first author
+    [AST's own]   as the AST's authors trained it
+    [ASDKit]      TakuyaFujimura/dcase-asd-toolkit
+    [our choice]  without a source
     """
     about = "Train one model. Behind each setting: its (default), and [who chose it, see README]."
     parser = argparse.ArgumentParser(description=about)

@@ -84,7 +84,7 @@ class Theirs(torch.nn.Module):
         self.asp, self.linear = ours.asp, ours.linear
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.normalize(self.linear(self.asp(self.ast(x).last_hidden_state)).float())
+        return F.normalize(self.linear(self.asp(self.ast(x).last_hidden_state[:, 2:])).float())
 
 
 def make_step(args: argparse.Namespace, x: torch.Tensor, theirs=False, micro_batch=None):

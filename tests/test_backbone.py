@@ -31,8 +31,6 @@ from backbone import (
 )
 from lora import add_lora, count_parameters
 
-# ---------------------------------------------------------------- the computation
-
 
 def test_a_block_is_torchs_own_encoder_layer():
     torch.manual_seed(0)
@@ -74,9 +72,6 @@ def test_pooling_tokens_that_are_all_alike_has_a_finite_gradient():
     assert pooled[0].tolist() == pytest.approx(8 * [1.0] + 8 * [1e-3])
     pooled.sum().backward()
     assert tokens.grad.isfinite().all()
-
-
-# ---------------------------------------------------------------- against other implementations
 
 
 def from_official(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -145,9 +140,6 @@ def public_logits(weights: Path, x: torch.Tensor) -> torch.Tensor:
         norm = [tensors[f"classifier.layernorm.{name}"] for name in ("weight", "bias")]
         h = F.layer_norm(pooled, pooled.shape[1:], *norm, eps=1e-12)
         return F.linear(h, tensors["classifier.dense.weight"], tensors["classifier.dense.bias"])
-
-
-# ---------------------------------------------------------------- the weight file
 
 
 @pytest.fixture

@@ -108,9 +108,6 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
     assert len(ran) > 30
 
 
-# ---------------------------------------------------------------- the demo
-
-
 @pytest.fixture
 def small_demo(small, monkeypatch):
     """The demo's commands with fewer and shorter clips, one epoch and a random AST."""
@@ -155,9 +152,6 @@ def test_the_demo_compares_four_rows_and_says_what_lora_is_worth(small_demo, mon
     assert lines[-1].startswith("| LoRA, density | 76.5 ± 1.3 |")
 
 
-# ---------------------------------------------------------------- the picture
-
-
 def own_machine(n_test: int = 3) -> None:
     for split, count, seed in (("train", 3, 0), ("test", n_test, 10)):
         for i in range(count):
@@ -195,9 +189,6 @@ def test_the_picture_shows_scores_and_the_three_highest_beside_their_nearest(
     assert [panel.get_title().split("\n")[1] for panel in panels] == titles
 
 
-# ---------------------------------------------------------------- wrong uses
-
-
 def web_page_for_a_clip() -> None:
     own_machine()
     Path("data/pump/train/b.wav").write_text("<!doctype html>")
@@ -220,6 +211,7 @@ WRONG = [
     ("train.py", [*FAN, "--layers", "99"], None, "layer 99 does not exist: there are layers 0-1"),
     ("train.py", [*FAN, "--margin", "2"], None, "margin is in radians"),
     ("train.py", [*FAN, "--freq-mask", "-1"], None, "SpecAug masks are 0 to 96 frames, 0 to 128"),
+    ("train.py", [*FAN, "--device", "cdua"], None, "Expected one of cpu, cuda, "),
     ("train.py", [*FAN, "--bach-size", "4"], None, "unrecognized arguments: --bach-size 4"),
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder, "Not a directory: 'runs/x'"),
     ("train.py", PUMP, None, "no WAV file in data/pump/train"),

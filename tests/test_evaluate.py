@@ -13,8 +13,6 @@ import data
 import evaluate
 from evaluate import METRICS, evaluate_machine, machine_metrics, official_score
 
-# ---------------------------------------------------------------- the metric
-
 
 def test_the_evaluators_21_numbers_give_its_total():
     """The values that the official evaluator's README prints for the MSE baseline."""
@@ -64,9 +62,6 @@ def test_real_systems_have_the_numbers_that_their_authors_printed(system):
     ours.append(official_score(list(rows.values())))
     what = f"AUC and pAUC of {system}, 7 machines, and total, against their authors' evaluation"
     assert_equal_within(1e-12, what, ours, [*theirs, expected["official_score"]])
-
-
-# ---------------------------------------------------------------- files and labels
 
 
 def write(path: Path, rows) -> Path:
@@ -204,9 +199,6 @@ def test_decisions_must_be_of_the_same_clips_and_may_be_missing(tmp_path):
     decisions.unlink()
     row, _ = evaluate_machine("fan", run)
     assert row["auc_source"] > 0 and "f1_source" not in row
-
-
-# ---------------------------------------------------------------- tables
 
 
 def run_folder(path: Path, machines=("fan",), seed=0, args=None, how="adapter, none") -> str:

@@ -103,9 +103,6 @@ def test_peft_computes_the_same():
     assert_equal_within(1e-5, "LoRA merged against peft", ours.merged().weight, merged)
 
 
-# ---------------------------------------------------------------- where it is put
-
-
 def wrapped(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
 

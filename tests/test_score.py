@@ -50,9 +50,6 @@ def one_window_each(
     return anomaly_scores(test, train, np.arange(len(train)), domain, k, normalize)
 
 
-# ---------------------------------------------------------------- neighbours
-
-
 def test_a_distance_is_never_negative():
     rows = np.random.default_rng(0).normal(size=(500, 64)).astype(np.float32)
     rows /= np.linalg.norm(rows, axis=1, keepdims=True)
@@ -68,9 +65,8 @@ def test_the_k_nearest_are_averaged():
     many = np.random.default_rng(0).random((50, 2000))
     for k in (1, 2, 3):
         assert nearest(many, k) == pytest.approx(np.sort(many)[:, :k].mean(axis=1))
-    for k in (0, 4):
-        with pytest.raises(ValueError, match=f"no distance to {k} windows"):
-            nearest(found, k)
+    with pytest.raises(ValueError, match="no distance to 4 windows"):
+        nearest(found, 4)
 
 
 def test_a_clips_score_is_that_of_its_most_anomalous_window():
@@ -139,9 +135,6 @@ def test_the_threshold_is_a_percentile_of_the_training_scores_and_itself_no_anom
     for wrong in (0.9, 101):
         with pytest.raises(ValueError, match="from 1 to 100"):
             decide(np.array([9.0]), np.arange(11.0), wrong)
-
-
-# ------------------------------------------ from WAV files to CSV files, against tests/plain.py
 
 
 @pytest.fixture(scope="module")
@@ -224,9 +217,6 @@ def test_scoring_equals_a_plain_path(own_run, flags):
         assert near == columns[plainly.argmin()]
         assert float(row["distance"]) == pytest.approx(plainly.min(), abs=2e-6)
         assert float(row["at_seconds"]) == starts[len(queries[i])][window[i]]
-
-
-# ---------------------------------------------------------------- files
 
 
 def trained(*flags: str) -> Path:
@@ -327,15 +317,6 @@ UNLIKE = {
     "level (most training clips have -31.3 to -31.2 dB): train/odd.wav (-120)": {"level": 0},
     "sample rate (most training clips have 16000 to 16000 Hz): test/odd.wav (8000)": {"rate": 8000},
 }
-
-
-def test_recordings_that_are_all_but_silent_are_said(small, capsys):
-    """All alike, so none is unlike the others: samples of -1, 0 and 1."""
-    small_machines()
-    for split, i in (("train", 0), ("train", 1), ("test", 2)):
-        noise(f"data/pump/{split}/{i}.wav", 1, seed=i, level=1)
-    scored("--pretrained", machine="pump")
-    assert "note: pump: 3 of unusual level (" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("said", UNLIKE)
