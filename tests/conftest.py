@@ -61,6 +61,12 @@ def small_machines(*names: str, n_train: int = 7, n_test: int = 1) -> None:
     write_ast("ast.safetensors", backbone.AST(dim=64, depth=2, heads=1))
 
 
+@pytest.fixture
+def fan(small):
+    """In the `small` fixture's folder: the machine fan."""
+    small_machines("fan")
+
+
 def lively_ast() -> backbone.AST:
     """Its tokens differ and attend: at a ViT's initial 0.02 gradients are all but noise."""
     torch.manual_seed(1)
@@ -121,6 +127,25 @@ def noise(path: str, seconds: float, seed: int = 0, level: float = 900, rate=160
     samples = np.random.default_rng(seed).normal(0, level, int(seconds * rate))
     wavfile.write(path, rate, samples.clip(-32768, 32767).astype(np.int16))
     return Path(path)
+
+
+def write_hums(root: Path, **counts: int) -> None:
+    """root/fan, for train_source=12 and the like: clips of 6, 10 and 12 s in two classes, a hum
+    that swells, in noise. The fourth of each kind has float samples.
+    """
+    rng = np.random.default_rng(0)
+    for kind, count in counts.items():
+        split, domain = kind.split("_")
+        (root / "fan" / split).mkdir(parents=True, exist_ok=True)
+        for i in range(count):
+            t = np.arange((6, 10, 12)[i % 3] * 16000) / 16000
+            hum = np.sin(2 * np.pi * rng.uniform(100, 300) * t)
+            hum *= 1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.05, 3) * t)
+            background = rng.uniform(0.005, 0.05) * rng.normal(size=len(t))
+            wave = (0.1 * hum + background * np.linspace(0.2, 1, len(t))).clip(-1, 1)
+            samples = wave.astype(np.float32) if i == 3 else (32767 * wave).astype(np.int16)
+            name = f"section_00_{domain}_{split}_normal_{i:04}_spd_{i % 2}.wav"
+            wavfile.write(root / "fan" / split / name, 16000, samples)
 
 
 def embed_all(model, clips: list[data.Clip], batch_size: int = 4) -> np.ndarray:

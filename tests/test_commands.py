@@ -231,11 +231,10 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "argv", "prepare", "message"), WRONG)
 def test_a_wrong_use_ends_in_one_line_and_leaves_nothing_half_written(
-    small, monkeypatch, capsys, name, argv, prepare, message
+    fan, monkeypatch, capsys, name, argv, prepare, message
 ):
     monkeypatch.setattr(data, "ZENODO", "http://127.0.0.1:9")
     monkeypatch.setattr(backbone, "WEIGHTS_URL", "http://127.0.0.1:9/model.safetensors")
-    small_machines("fan")
     if prepare:
         prepare()
     before = {path for path in Path().rglob("*") if path.is_file()}

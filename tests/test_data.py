@@ -40,9 +40,6 @@ def noise(n_samples: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(-20000, 20000, n_samples).astype(np.int16)
 
 
-# ---------------------------------------------------------------- names
-
-
 @pytest.mark.parametrize(
     ("name", "domain", "is_anomaly", "attributes"),
     [
@@ -77,9 +74,6 @@ def test_an_anomaly_among_the_training_clips_is_refused(tmp_path):
 
 def test_machine_names_expand_groups_once():
     assert machine_names(["dev"]) == data.DEV and len(machine_names(["all", "fan", "pump"])) == 15
-
-
-# ---------------------------------------------------------------- WAV files
 
 
 def expected_decoding(samples: np.ndarray, rate: int) -> torch.Tensor:
@@ -176,9 +170,6 @@ def test_unusable_files_are_refused_with_file_and_reason(content, reason, tmp_pa
     assert str(path) in str(error.value)
 
 
-# ---------------------------------------------------------------- the front end
-
-
 def kaldi(wave: torch.Tensor) -> torch.Tensor:
     """The official AST's call."""
     options = {"htk_compat": True, "sample_frequency": 16000, "use_energy": False,
@@ -202,9 +193,6 @@ def test_a_window_of_the_wave_is_a_window_of_the_spectrogram():
     wave = torch.rand(192000) * 2 - 1
     expected = (kaldi(wave)[100:1124] + 4.2677393) / (2 * 4.5689974)
     assert torch.equal(spectrogram(wave, 100 * 160), expected)
-
-
-# ---------------------------------------------------------------- windows
 
 
 @pytest.mark.parametrize("n_samples", [400, 160000, 163920, 164080, 164240, 192000, 800000])
@@ -239,9 +227,6 @@ def test_all_windows_of_a_clip(tmp_path):
     wave = read_wav(clip.path)
     assert starts == [0, 174 * 160]
     assert torch.equal(x, torch.stack([spectrogram(wave, start) for start in starts]))
-
-
-# ---------------------------------------------------------------- SpecAug
 
 
 def masks(shape: tuple, time_mask: int, freq_mask: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -281,9 +266,6 @@ def test_specaug_may_mask_everything_but_not_more():
 def test_specaug_stays_on_the_device_of_its_input():
     """PyTorch's meta device, which computes shapes only, stands for a GPU."""
     assert SpecAug(80, 80)(torch.empty(2, 1024, 128, device="meta")).device.type == "meta"
-
-
-# ---------------------------------------------------------------- fetching
 
 
 def zip_of(*names: str, content: bytes = b"") -> bytes:
@@ -363,14 +345,6 @@ def test_a_wrong_checksum_is_refused_and_no_folder_appears(server, monkeypatch, 
     with pytest.raises(ValueError, match=r"dev_fan\.zip has not the md5 .*: delete it"):
         data.fetch("fan", tmp_path)
     assert tree(tmp_path) == ["fan.part/dev_fan.zip"]
-
-
-def test_an_archive_put_there_by_hand_is_used(server, monkeypatch, tmp_path):
-    serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*CLIPS))
-    (tmp_path / "fan.part").mkdir()
-    (tmp_path / "fan.part" / "dev_fan.zip").write_bytes(zip_of(*CLIPS))
-    data.fetch("fan", tmp_path)
-    assert server.requests == [] and tree(tmp_path) == sorted(CLIPS)
 
 
 def test_there_is_an_archive_with_a_checksum_for_every_machine():

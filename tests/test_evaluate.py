@@ -279,11 +279,8 @@ def test_one_seed_twice_or_one_folder_twice_is_no_mean(tmp_path, capsys):
 def test_seeds_that_met_different_clips_are_not_averaged(tmp_path, capsys, split):
     runs = [run_folder(tmp_path / f"seed{seed}", args={}, seed=seed) for seed in (0, 1)]
     if split == "test":
-        scored(
-            tmp_path / "seed1",
-            "fan",
-            made_up(1) | {"section_00_source_test_normal_0099_x.wav": 0.5},
-        )
+        one_more = {"section_00_source_test_normal_0099_x.wav": 0.5}
+        scored(tmp_path / "seed1", "fan", made_up(1) | one_more)
     else:
         record = tmp_path / "seed1" / "args.json"
         record.write_text(json.dumps(json.loads(record.read_text()) | {"clips": {"fan": 990}}))

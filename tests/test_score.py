@@ -22,6 +22,7 @@ from conftest import (
     rows_of,
     small_machines,
     write_ast,
+    write_hums,
 )
 from scipy.io import wavfile
 
@@ -142,20 +143,8 @@ def own_run(tmp_path_factory):
     """A trained run of one machine with 6, 10 and 12 s clips in both domains, and the embeddings
     that tests/plain.py computes of its clips, for the run and for the untouched AST.
     """
-    folder, rng = tmp_path_factory.mktemp("scored"), np.random.default_rng(0)
-    counts = {("train", "source"): 12, ("train", "target"): 6}
-    counts |= {("test", "source"): 3, ("test", "target"): 3}
-    for (split, domain), count in counts.items():
-        (folder / "data" / "fan" / split).mkdir(parents=True, exist_ok=True)
-        for i in range(count):
-            t = np.arange((6, 10, 12)[i % 3] * 16000) / 16000
-            hum = np.sin(2 * np.pi * rng.uniform(100, 300) * t)
-            hum *= 1 + 0.5 * np.sin(2 * np.pi * rng.uniform(0.05, 3) * t)
-            wave = rng.uniform(0.005, 0.05) * rng.normal(size=len(t))
-            wave = 0.1 * hum + wave * np.linspace(0.2, 1, len(t))
-            name = f"section_00_{domain}_{split}_normal_{i:04}_spd_{i % 2}.wav"
-            samples = (32767 * np.clip(wave, -1, 1)).astype(np.int16)
-            wavfile.write(folder / "data" / "fan" / split / name, 16000, samples)
+    folder = tmp_path_factory.mktemp("scored")
+    write_hums(folder / "data", train_source=12, train_target=6, test_source=3, test_target=3)
     write_ast(folder / "ast", lively_ast())
     flags = ["--data", str(folder / "data"), "--weights", str(folder / "ast"), "--device", "cpu"]
     flags += ["--rank", "4", "--alpha", "6", "--epochs", "1", "--batch-size", "4", "--lr", "0.02"]
@@ -331,8 +320,7 @@ def test_clips_unlike_most_training_clips_are_said(small, capsys, said):
     assert notes == [f"note: pump: 1 of unusual {said}"]
 
 
-def test_the_adapters_are_merged_for_scoring(small):
-    small_machines("fan")
+def test_the_adapters_are_merged_for_scoring(fan):
     args = score.make_parser().parse_args(["--machine", "fan", "--device", "cpu"])
     args.run = trained()
     model, _ = score.load_model(args, ["fan"])
@@ -406,8 +394,7 @@ def test_embeddings_are_kept_whatever_ends_the_command(small, monkeypatch, capsy
     assert len(names) == 15 - 5
 
 
-def test_embeddings_are_saved_now_and_then(small, monkeypatch):
-    small_machines("fan")
+def test_embeddings_are_saved_now_and_then(fan, monkeypatch):
     sizes, save = [], train.save
     monkeypatch.setattr(score, "SAVE_EVERY", 0)
     monkeypatch.setattr(train, "save", lambda path, e: sizes.append(len(e)) or save(path, e))
@@ -415,8 +402,7 @@ def test_embeddings_are_saved_now_and_then(small, monkeypatch):
     assert sizes == [*range(12), 11]
 
 
-def test_a_run_that_was_trained_on_does_not_use_its_old_embeddings(small, monkeypatch):
-    small_machines("fan")
+def test_a_run_that_was_trained_on_does_not_use_its_old_embeddings(fan, monkeypatch):
     trained()
     scored()
     names = embedded(monkeypatch)
@@ -436,8 +422,7 @@ def test_one_joint_run_scores_each_of_its_machines_and_no_other(small, capsys):
     assert "--pooling goes with --pretrained" in error_of(score.main, argv, capsys)
 
 
-def test_rescoring_removes_what_it_does_not_make_anew(small):
-    small_machines("fan")
+def test_rescoring_removes_what_it_does_not_make_anew(fan):
     scored("--pretrained")
     for name in ("fan.png", "metrics.csv"):
         Path("runs/pretrained-fan", name).touch()

@@ -28,16 +28,14 @@ from conftest import (
     rows_of,
     small_machines,
     write_ast,
+    write_hums,
 )
-from scipy.io import wavfile
 
 import backbone
 import score
 import train
 from data import list_clips
 from train import ArcFace, load, load_run
-
-# ---------------------------------------------------------------- ArcFace
 
 
 def test_arcface_worked_example():
@@ -94,24 +92,6 @@ def test_a_margin_that_is_no_angle_below_a_right_one_is_refused():
             ArcFace(2, 2, 30.0, margin)
 
 
-# ----------------------------------------------------- the whole loop, against tests/plain.py
-
-
-def noisy_clips(folder: Path) -> list[torch.Tensor]:
-    """Seven clips of 6, 10 and 12 s in two classes, a hum in noise; one has float samples."""
-    rng = np.random.default_rng(0)
-    folder.mkdir(parents=True)
-    for i, seconds in enumerate([6, 10, 12, 10, 12, 6, 10]):
-        t = np.arange(seconds * 16000) / 16000
-        wave = 0.1 * np.sin(2 * np.pi * (200 + 150 * (i % 2)) * t)
-        wave += 0.02 * np.cumsum(rng.normal(size=len(t))) / 50
-        wave = np.clip(wave + 0.01 * rng.normal(size=len(t)), -0.9, 0.9)
-        samples = wave.astype(np.float32) if i == 3 else (32768 * wave).astype(np.int16)
-        name = f"section_00_source_train_normal_{i:04}_spd_{i % 2}.wav"
-        wavfile.write(folder / name, 16000, samples)
-    return [plain.read(path) for path in sorted(folder.iterdir())]
-
-
 @pytest.mark.parametrize("micro_batch", [4, 3])
 @pytest.mark.parametrize("tuning", ["lora", "frozen", "full"])
 def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch):
@@ -119,9 +99,10 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch
     softmax cancels: their gradient is rounding noise, of which Adam makes whole steps.
     """
     monkeypatch.chdir(tmp_path)
-    waves, ast = noisy_clips(Path("data/fan/train")), lively_ast()
-    write_ast("ast.safetensors", ast)
-    public = ast.state_dict()
+    write_hums(Path("data"), train_source=7)
+    waves = [plain.read(path) for path in sorted(Path("data/fan/train").iterdir())]
+    write_ast("ast.safetensors", lively_ast())
+    public = lively_ast().state_dict()
     numbers = {"epochs": 5, "lr": 1e-5, "ast_lr": 3e-6, "warmup": 5, "rank": 4, "alpha": 6.0,
                "seed": 3, "scale": 20.0, "margin": 0.3, "weight_decay": 1.0}  # fmt: skip
     flags = [f"--{name.replace('_', '-')}={value}" for name, value in numbers.items()]
@@ -145,8 +126,6 @@ def test_training_equals_a_plain_loop(tmp_path, monkeypatch, tuning, micro_batch
     assert rows == [pytest.approx(line, rel=1e-5) for line in log]
 
 
-# ---------------------------------------------------------------- runs
-
 COMMAND = ["--machine", "fan", *FLAGS, "--epochs", "2", "--batch-size", "4", "--lr", "1e-3"]
 
 
@@ -169,26 +148,23 @@ def column(folder: Path, name: str) -> list[float]:
     return [float(row[header.index(name)]) for row in rows]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(small):
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(fan):
     """With dropout, whose draws come between those of SpecAug; and whoever reads the clips."""
-    small_machines("fan")
     first = results(run("--dropout", "0.1"))
     assert results(run("--dropout", "0.1", "--run", "runs/again", "--workers", "2")) == first
     assert results(run("--dropout", "0.1", "--run", "runs/other", "--seed", "1")) != first
     assert results(run("--run", "runs/without"))["adapter.pt"] != first["adapter.pt"]
 
 
-def test_dropout_is_off_in_scoring(small):
-    small_machines("fan")
+def test_dropout_is_off_in_scoring(fan):
     model, _ = load_run(run("--dropout", "0.5"))
     clips = list_clips("data", "fan", "test")
     rows = [embed_all(model.train(), clips) for _ in range(2)]
     np.testing.assert_array_equal(*rows)
 
 
-def test_warm_up_is_linear_and_then_constant(small):
+def test_warm_up_is_linear_and_then_constant(fan):
     """The 360 steps asked for are cut to a tenth of the run; --warmup 1 and 0 are the same."""
-    small_machines("fan")
     flags = ["--lr", "0.006", "--epochs", "32", "--batch-size", "7"]
     assert column(run(*flags), "lr") == pytest.approx([0.002, 0.004] + 30 * [0.006])
     for warmup in ("0", "1"):
@@ -196,8 +172,7 @@ def test_warm_up_is_linear_and_then_constant(small):
         assert column(folder, "lr") == [0.006] * 32
 
 
-def test_the_record_of_a_run_tells_how_it_was_made(small):
-    small_machines("fan")
+def test_the_record_of_a_run_tells_how_it_was_made(fan):
     record = json.loads((run() / "args.json").read_text())
     assert (record["args"]["rank"], record["args"]["precision"]) == (64, "float32")
     assert record["classes"] == [f"fan/mode_{mode:02d}" for mode in range(7)]
@@ -205,8 +180,7 @@ def test_the_record_of_a_run_tells_how_it_was_made(small):
     assert torch.__version__.startswith(record["versions"]["torch"])
 
 
-def test_a_bad_clip_is_named_and_nothing_hinders_the_mended_run(small, capsys):
-    small_machines("fan")
+def test_a_bad_clip_is_named_and_nothing_hinders_the_mended_run(fan, capsys):
     clip = list_clips("data", "fan", "train")[3].path
     content = clip.read_bytes()
     clip.write_bytes(content[:-100])
@@ -215,9 +189,6 @@ def test_a_bad_clip_is_named_and_nothing_hinders_the_mended_run(small, capsys):
     assert not Path("runs").exists()
     clip.write_bytes(content)
     run("--lr", "0.01")
-
-
-# ---------------------------------------------------------------- interruptions
 
 
 def interrupted_after(epoch: int, monkeypatch, *flags: str) -> None:
@@ -236,9 +207,8 @@ def interrupted_after(epoch: int, monkeypatch, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_a_continued_run_ends_with_the_same_bytes(small, monkeypatch, capsys, tuning):
+def test_a_continued_run_ends_with_the_same_bytes(fan, monkeypatch, capsys, tuning):
     """Interrupted within the warm-up, three epochs of a step each."""
-    small_machines("fan")
     flags = ["--epochs", "30", "--tuning", tuning, "--dropout", "0.1", "--batch-size", "7"]
     whole = results(run(*flags, "--run", "runs/whole"))
     interrupted_after(2, monkeypatch, *flags)
@@ -246,8 +216,7 @@ def test_a_continued_run_ends_with_the_same_bytes(small, monkeypatch, capsys, tu
     assert "continuing after epoch 2" in capsys.readouterr().out
 
 
-def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(small, capsys):
-    small_machines("fan")
+def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(fan, capsys):
     before = results(run())
     Path("runs/fan/anomaly_score_fan_section_00_test.csv").touch()
     assert results(run()) == before
@@ -255,16 +224,13 @@ def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(small, capsys):
     out = capsys.readouterr().out
     assert "98,688 of the model's 222,400 parameters are trained, in 4 steps" in out
     assert re.search(r"^epoch 2: loss \d", out, re.MULTILINE)
-    assert (
-        out.splitlines()[-1]
-        == "runs/fan is trained; next: python score.py --machine fan --run runs/fan"
-    )
+    end = "runs/fan is trained; next: python score.py --machine fan --run runs/fan\n"
+    assert out.endswith(end)
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(small, monkeypatch, finished):
+def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(fan, monkeypatch, finished):
     """Other places, other workers, more epochs; what was scored with the shorter run is gone."""
-    small_machines("fan")
     whole = results(run("--epochs", "3", "--warmup", "0", "--run", "runs/whole"))
     if finished:
         run("--warmup", "0")
@@ -287,8 +253,7 @@ DIFFERENCES = {"--lr 0.5": "lr was 0.001, is 0.5", "--layers 1": "layers was Non
 
 
 @pytest.mark.parametrize("flags", DIFFERENCES)
-def test_continuing_with_other_arguments_is_refused(small, capsys, flags):
-    small_machines("fan")
+def test_continuing_with_other_arguments_is_refused(fan, capsys, flags):
     before = results(run())
     message = refusal(capsys, *flags.split())
     assert f"runs/fan holds another run ({DIFFERENCES[flags]}): delete the folder" in message
@@ -308,8 +273,7 @@ def test_continuing_with_other_clips_or_weights_is_refused(small, capsys):
     assert "weights_sha256 was" in refusal(capsys, *both)
 
 
-def test_what_was_trained_in_bfloat16_is_not_continued_in_float32(small, capsys):
-    small_machines("fan")
+def test_what_was_trained_in_bfloat16_is_not_continued_in_float32(fan, capsys):
     path = run() / "args.json"
     path.write_text(path.read_text().replace('"float32"', '"bfloat16"'))
     assert "precision was bfloat16, is float32" in refusal(capsys, "--epochs", "3")
@@ -317,10 +281,9 @@ def test_what_was_trained_in_bfloat16_is_not_continued_in_float32(small, capsys)
 
 @pytest.mark.parametrize(("micro_batch", "epochs"), [("4", 2), ("3", 1)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
-    small, monkeypatch, capsys, micro_batch, epochs
+    fan, monkeypatch, capsys, micro_batch, epochs
 ):
     """The fifth call of ArcFace is in the third epoch, or in the second."""
-    small_machines("fan")
     forward, factors = ArcFace.forward, iter([1, 1, 1, 1, math.nan])
     monkeypatch.setattr(ArcFace, "forward", lambda *args: forward(*args) * next(factors))
     message = refusal(capsys, "--micro-batch", micro_batch, "--epochs", "3")
@@ -378,11 +341,7 @@ def test_ctrl_c_ends_in_one_line(small):
     assert process.returncode == 1 and err.strip() == message
 
 
-# ---------------------------------------------------------------- loading
-
-
-def test_a_run_is_loaded_as_it_was_trained(small):
-    small_machines("fan")
+def test_a_run_is_loaded_as_it_was_trained(fan):
     flags = ["--rank", "4", "--alpha", "6", "--targets", "v", "fc1", "--layers", "1"]
     model, args = load_run(run(*flags))
     state = load("runs/fan/adapter.pt")
@@ -391,8 +350,7 @@ def test_a_run_is_loaded_as_it_was_trained(small):
     assert model.ast.blocks[1].attn.v.scaling == 1.5
 
 
-def test_other_weights_than_trained_on_are_refused(small):
-    small_machines("fan")
+def test_other_weights_than_trained_on_are_refused(fan):
     folder = run()
     write_ast("other", backbone.AST(64, 2, 1))
     with pytest.raises(ValueError, match="other is not the AST that runs/fan was trained on"):
@@ -401,8 +359,7 @@ def test_other_weights_than_trained_on_are_refused(small):
     assert load_run(folder, "moved")[1].weights == "moved"
 
 
-def test_a_damaged_or_hostile_adapter_is_refused(small):
-    small_machines("fan")
+def test_a_damaged_or_hostile_adapter_is_refused(fan):
     path = run() / "adapter.pt"
     damaged = path.read_bytes()[:-1000]
     torch.save({"linear.bias": Path("x")}, path)
@@ -412,14 +369,10 @@ def test_a_damaged_or_hostile_adapter_is_refused(small):
             load_run("runs/fan")
 
 
-# ---------------------------------------------------------------- what a GPU does, without one
-
-
-def test_a_step_in_bfloat16_keeps_float32_where_it_matters(small, monkeypatch):
+def test_a_step_in_bfloat16_keeps_float32_where_it_matters(fan, monkeypatch):
     """The autocast that a GPU has, on the CPU: attention is in bfloat16, embeddings and logits are
     float32, and the loss is within 1 % of float32's.
     """
-    small_machines("fan")
     in_float32 = column(run(), "loss")
     autocast, attention, forward = torch.autocast, F.scaled_dot_product_attention, ArcFace.forward
     inside, outside = set(), set()
@@ -474,13 +427,9 @@ def test_four_processes_read_for_a_gpu_with_one_batch_each_in_waiting():
     assert torch.equal(torch.get_rng_state(), before)
 
 
-# ---------------------------------------------------------------- on a GPU
-
-
 @needs_cuda
-def test_training_on_a_gpu_agrees_with_the_cpu(small):
+def test_training_on_a_gpu_agrees_with_the_cpu(fan):
     """bf16 against float32: the losses agree within 2 %."""
-    small_machines("fan")
     losses = []
     for device in ("cpu", "cuda"):
         flags = ["--device", device, "--run", f"runs/{device}", "--time-mask", "0"]
@@ -494,24 +443,21 @@ def test_training_on_a_gpu_agrees_with_the_cpu(small):
     ["--tuning full", "--tuning frozen", "--compile", "--micro-batch 2", "--workers 0",
      "--device cuda:0"],
 )  # fmt: skip
-def test_every_way_to_train_runs_on_a_gpu(small, flags):
-    small_machines("fan")
+def test_every_way_to_train_runs_on_a_gpu(fan, flags):
     losses = column(run("--device", "cuda", *flags.split()), "loss")
     assert all(math.isfinite(loss) for loss in losses)
 
 
 @needs_cuda
-def test_a_run_resumes_on_a_gpu(small, monkeypatch):
-    small_machines("fan")
+def test_a_run_resumes_on_a_gpu(fan, monkeypatch):
     whole = column(run("--device", "cuda", "--run", "runs/whole"), "loss")
     interrupted_after(1, monkeypatch, "--device", "cuda")
     assert column(run("--device", "cuda"), "loss") == pytest.approx(whole, rel=0.01)
 
 
 @needs_cuda
-def test_scoring_on_a_gpu_equals_the_cpu(small):
+def test_scoring_on_a_gpu_equals_the_cpu(fan):
     """Both in float32: embeddings to 1e-4, convolutions included (no TF32)."""
-    small_machines("fan")
     model, _ = load_run(run())
     clips = list_clips("data", "fan", "test")
     expected, found = embed_all(model, clips), embed_all(model.cuda(), clips)
