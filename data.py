@@ -6,7 +6,7 @@ fan/test/section_00_target_test_anomaly_0022_m-n_W.wav:
     machine     a type of machine, fan: a folder with the folders train and test
     section     a subset of its clips; in 2023 each machine has one, 00
     domain      source, the usual conditions, has 990 training clips of a machine; target, changed
-                conditions, has 10. Test clips come from both; a score must not depend on which.
+                conditions, has 10. Test clips come from both; scoring must not know which.
     attributes  how it ran and was recorded, m-n_W: its speed, its load, the microphone, ...
 
 All training clips are normal. The test clips of seven machines (dev) are called normal or anomaly;
