@@ -200,7 +200,7 @@ def make_parser() -> argparse.ArgumentParser:
     [ASDKit]      TakuyaFujimura/dcase-asd-toolkit
     [our choice]  without a source
     """
-    about = "Train one model. Behind each setting: its (default), and [who chose it, see README]."
+    about = "Train one model for all machines named. (Default) [who chose it: see README]."
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
     add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
