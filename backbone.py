@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import data
 from data import N_FRAMES, N_MELS
 
 PATCH, STRIDE = 16, 10  # neighbouring patches overlap by 6
@@ -178,10 +179,6 @@ import argparse
 import json
 from pathlib import Path
 
-import numpy as np
-
-import data
-
 # Loading public weights
 
 HEAD_DIM = 64  # in every AST and DeiT size
@@ -236,43 +233,36 @@ def load_ast(path: str | Path) -> AST:
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """8 bytes of header length, a JSON header (name: shape, data_offsets, ...), the numbers."""
-    raw = Path(path).read_bytes()
+    raw = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
-        if entry["dtype"] != "F32":
-            raise ValueError(f"{name} is {entry['dtype']}, not F32")
         first, end = entry["data_offsets"]
-        numbers = np.frombuffer(raw, "<f4", (end - first) // 4, start + first)
-        tensors[name] = torch.from_numpy(numbers.copy()).reshape(entry["shape"])
+        numbers = torch.frombuffer(raw[start + first : start + end], dtype=torch.float32)
+        tensors[name] = numbers.reshape(entry["shape"])
     return tensors
 
 
 def fetch_weights(path: str | Path) -> None:
     """Download the public AudioSet weights to WEIGHTS, if missing, and verify their SHA-256.
-
-    Another path is one's own file: FileNotFoundError where there is none.
+    Another path is one's own file.
     """
     if Path(path) == Path(WEIGHTS):
         data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
-    elif not Path(path).exists():
-        raise FileNotFoundError(f"{path} is missing; `python backbone.py` fetches to {WEIGHTS}")
 
 
 def main(argv: list[str] | None = None) -> None:
     about = "Fetch the AST's public weights, check them, describe them."
-    parser = argparse.ArgumentParser(description=about)
-    parser.add_argument("--weights", default=WEIGHTS, help="your own file (%(default)s, fetched)")
-    args = parser.parse_args(argv)
+    argparse.ArgumentParser(description=about).parse_args(argv)
     with data.one_line_errors():
-        fetch_weights(args.weights)
-        ast = load_ast(args.weights)
-        print(f"{args.weights}: SHA-256 {data.file_digest(args.weights)}")
+        fetch_weights(WEIGHTS)
+        ast = load_ast(WEIGHTS)
     tokens, dim = ast.pos_embed.shape[1:]
+    size = sum(p.numel() for p in ast.parameters())
     sizes = f"{len(ast.blocks)} blocks, {dim} dimensions, {tokens} tokens"
-    print(f"{sizes}, {sum(p.numel() for p in ast.parameters()):,} parameters")
+    print(f"{WEIGHTS}: {sizes}, {size:,} parameters")
 
 
 if __name__ == "__main__":

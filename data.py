@@ -351,10 +351,10 @@ def fetch(machine: str, root: str | Path) -> None:
         url, path = f"{ZENODO}/{record}/files/{name}.zip?download=1", part / f"{name}.zip"
         download(url, path, "md5", ARCHIVE_MD5[name])
         zipfile.ZipFile(path).extractall(part)  # <machine>/{train,test}/*.wav
-    truths = {"data": "labels.csv", "domain": "domains.csv"} if machine in EVAL else {}
-    for kind, name in truths.items():
-        file = f"ground_truth_{kind}/ground_truth_{machine}_section_00_test.csv"
-        download(f"{GROUND_TRUTH}/{file}", part / machine / name)
+    if machine in EVAL:
+        truth = f"ground_truth_{machine}_section_00_test.csv"
+        download(f"{GROUND_TRUTH}/ground_truth_data/{truth}", part / machine / "labels.csv")
+        download(f"{GROUND_TRUTH}/ground_truth_domain/{truth}", part / machine / "domains.csv")
     (part / machine).rename(root / machine)
     shutil.rmtree(part)
 
@@ -375,9 +375,7 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
         except OSError as error:
             raise OSError(f"cannot fetch {url} ({error}): try again, or {by_hand}") from error
     if digest and file_digest(path, algorithm) != digest:
-        raise ValueError(
-            f"{path} has not the {algorithm} {digest}: delete it; try again, or {by_hand}"
-        )
+        raise ValueError(f"{path} has another {algorithm}: delete it; try again, or {by_hand}")
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -117,7 +117,7 @@ def read_labels(path: Path, names: list[str]) -> list[bool]:
     """0 or 1 for each of the names. ValueError: see read_csv, or no line for a name."""
     labels = read_csv(path, number="[01]")
     if missing := [name for name in names if name not in labels]:
-        raise ValueError(f"{path} has no line for {first_ten(missing)}")
+        raise ValueError(f"{path} has no line for {len(missing)} clips, such as {missing[0]}")
     return [bool(labels[name]) for name in names]
 
 
@@ -141,11 +141,6 @@ def labels_of(machine: str, names: list[str], root: str) -> tuple[list, list]:
     return is_anomaly, is_target
 
 
-def first_ten(items: list) -> str:
-    more = f", and {len(items) - 10} more" if len(items) > 10 else ""
-    return ", ".join(map(str, items[:10])) + more
-
-
 def read_json(path: Path) -> dict:
     return json.loads(path.read_text()) if path.exists() else {}
 
@@ -166,21 +161,12 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decisions)
 
     which = "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
-    which = which if all(re.match(r"section_\d\d_", name) for name in names) else "own"
-    seed = read_json(run / "args.json").get("args", {}).get("seed", "")
-    row = {"run": str(run), "seed": seed, "machine": machine, "set": which}
+    row = {"run": str(run), "machine": machine, "set": which}
     row["scored_with"] = how.get("scored_with", "not known")
     return row | metrics | {"harmonic_mean": official_score([metrics])} | wrong, names
 
 
 # Tables. A trial is the rows of one run; the trials of a setting differ in nothing but the seed.
-
-
-def setting_of(run: Path, rows: list[dict], clips: list[list[str]]) -> str:
-    """All that a result depends on, but the seed. A run without a record is a setting by itself."""
-    record = read_json(run / "args.json")
-    setting = data.setting(record) | {"seed": None} if record else str(run)
-    return json.dumps([setting, [row["scored_with"] for row in rows], clips], sort_keys=True)
 
 
 def percent(values: list[float]) -> str:
@@ -192,13 +178,10 @@ def percent(values: list[float]) -> str:
 
 
 def official(which: str, trials: list[list[dict]]) -> str:
-    """The official score of a set of machines, and "partial" with what is missing from it."""
+    """The official score of a set of machines; partial, if not all seven have all three values."""
     trials = [[row for row in rows if row["set"] == which] for rows in trials]
-    rows = trials[0]
-    undefined = sum(math.isnan(row[key]) for row in rows for key in METRICS)
-    missing = [f"{len(rows)}/7"] if len(rows) < 7 and which != "own" else []
-    missing += [f"{undefined} of {3 * len(rows)} values undefined"] if undefined else []
-    note = f", partial ({'; '.join(missing)})" if missing else ""
+    whole = sum(not any(math.isnan(row[key]) for key in METRICS) for row in trials[0])
+    note = f", partial ({whole}/7)" if whole < 7 and which != "own" else ""
     return f"**{percent([official_score(rows) for rows in trials])}** (n = {len(trials)}){note}"
 
 
@@ -250,13 +233,18 @@ def main(argv: list[str] | None = None) -> None:
         for run in map(Path, args.run or [f"runs/{'+'.join(args.machine)}"]):
             machines = data.machine_names(args.machine)
             rows, clips = zip(*(evaluate_machine(machine, run, args.data) for machine in machines))
-            trials, seed = settings.setdefault(setting_of(run, rows, clips), {}), rows[0]["seed"]
+            record = read_json(run / "args.json")
+            seed = record["args"]["seed"] if record else ""
+            # All that a result depends on but the seed. Without a record, a run is its own setting.
+            setting = data.setting(record) | {"seed": ""} if record else str(run)
+            how = [row["scored_with"] for row in rows]
+            trials = settings.setdefault(json.dumps([setting, how, clips], sort_keys=True), {})
             if seed in trials:
                 raise ValueError(f"{run} has the setting and the seed of {trials[seed][0]['run']}")
             trials[seed] = rows
             for row in rows:
                 of_set = [other for other in rows if other["set"] == row["set"]]
-                row["official_score"] = official_score(of_set)
+                row |= {"seed": seed, "official_score": official_score(of_set)}
             header = dict.fromkeys(key for row in rows for key in row)
             lines = [[row.get(key, "") for key in header] for row in rows]
             data.write_csv(run / "metrics.csv", [header, *lines])

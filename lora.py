@@ -50,10 +50,9 @@ class LoRALinear(nn.Module):
 
     @torch.no_grad()
     def merged(self) -> nn.Linear:
-        """A new, ordinary layer with W + alpha/rank · B A, summed in float32."""
+        """A new, ordinary layer with W + alpha/rank · B A."""
         layer = copy.deepcopy(self.base)
-        update = self.scaling * (self.B.float() @ self.A.float())
-        layer.weight.copy_(layer.weight.float() + update)
+        layer.weight += self.scaling * (self.B @ self.A)
         return layer
 
 

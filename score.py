@@ -22,14 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
+import backbone
 import data
 import train as training
 from backbone import Embedder, load_ast
-from data import SAMPLE_RATE, AllWindows, Clip
+from data import Clip
 
 
 @torch.inference_mode()
-def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | None):
+def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
     """Embed all windows of all clips, in their order and in float32 on every device.
 
     Yields ((index of the clip, starts of all its windows), embedding (D,) of unit length) for each
@@ -38,7 +39,7 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int | No
     model.eval()
     device = model.ast.pos_embed.device
     torch.backends.cudnn.allow_tf32 = False  # it has 10 of a float32's 23 mantissa bits
-    loader = training.make_loader(AllWindows(clips), workers, device, batch_size=None)
+    loader = training.make_loader(data.AllWindows(clips), workers, device, batch_size=None)
     waiting = []  # windows that have not yet been through the network, batch_size at a time
     for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), of one clip
         waiting += [((index, starts), window) for window in x]
@@ -133,8 +134,8 @@ def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.N
         "alarm": alarms.astype(int),
         "nearest_training_clip": train_names[train_id[near]],
         "distance": d.min(axis=1),
-        "at_seconds": test_start[worst] / SAMPLE_RATE,
-        "nearest_at_seconds": train_start[near] / SAMPLE_RATE,
+        "at_seconds": test_start[worst] / data.SAMPLE_RATE,
+        "nearest_at_seconds": train_start[near] / data.SAMPLE_RATE,
     }
     write_results(machine, report, train_clip_scores, model_id, args)
 
@@ -179,15 +180,13 @@ def normalised(
 
 import contextlib
 import json
-import time
 
 from tqdm import tqdm
 
-import backbone
 import evaluate
 from lora import merge_lora
 
-SAVE_EVERY = 60  # seconds: how often embeddings are saved while they come
+SAVE_EVERY = 100  # clips: how often embeddings are saved while they come
 
 
 def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
@@ -200,10 +199,10 @@ def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
         listed = data.list_clips(args.data, machine, split)
         clips[split] = {clip: data.file_digest(clip.path) for clip in listed}
         said[split] = f"{len(listed)} {split} clips"
-        beside = sorted(listed[0].path.parent.glob("[!.]*"))
-        others = [path.name for path in beside if path.suffix.lower() != ".wav" or path.is_dir()]
+        others = set(listed[0].path.parent.glob("[!.]*")) - {clip.path for clip in listed}
         if others:
-            said[split] += f" (not read: {evaluate.first_ten(others)})"
+            names = sorted(path.name for path in others)
+            said[split] += f" ({len(names)} not read: {', '.join(names[:10])})"
     bank = {digest: clip for clip, digest in clips["train"].items()}
     if copies := len(clips["train"]) - len(bank):
         said["train"] += f" ({copies} copies)"
@@ -227,11 +226,11 @@ def say_what_is_unlike(machine: str, sounds: dict) -> None:
     for values, (what, unit, slack) in zip(np.transpose([*sounds.values()]), measures):
         low, high = np.percentile(values[in_train], [5, 95]).round(1)
         unlike = np.flatnonzero((values < low - slack) | (values > high + slack))
-        if len(unlike):
-            named = [f"{clips[i].split}/{clips[i].path.name} ({values[i]:.6g})" for i in unlike]
+        named = [f"{clips[i].split}/{clips[i].path.name} ({values[i]:.6g})" for i in unlike]
+        if named:
             usual = f"most training clips have {low:g} to {high:g} {unit}"
-            what = f"{len(unlike)} of unusual {what} ({usual})"
-            print(f"note: {machine}: {what}: {evaluate.first_ten(named)}")
+            what = f"{len(named)} of unusual {what} ({usual})"
+            print(f"note: {machine}: {what}: {', '.join(named[:10])}")
 
 
 def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
@@ -246,20 +245,17 @@ def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, a
     sounds = {key: kept[key][2] if key in kept else sound_of(clip) for clip, key in keys.items()}
     say_what_is_unlike(machine, {clip: sounds[key] for clip, key in keys.items()})
     new = {key: clip for clip, key in keys.items() if key not in kept}
-    if new:
-        training.save(file, kept)  # a folder that cannot be written to is noticed now
-        new_keys, saved = list(new), time.monotonic()
-        windows = embed(model, list(new.values()), args.batch_size, args.workers)
-        try:
-            by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
-            for (index, starts), rows in by_clip:
-                e = torch.from_numpy(np.stack([row for _, row in rows]))
-                kept[new_keys[index]] = (e, starts, sounds[new_keys[index]])
-                if time.monotonic() - saved > SAVE_EVERY:
-                    training.save(file, kept)
-                    saved = time.monotonic()
-        finally:
-            training.save(file, {key: kept[key] for key in keys.values() if key in kept})
+    training.save(file, kept)  # a folder that cannot be written to is noticed now
+    windows = embed(model, list(new.values()), args.batch_size, args.workers)
+    by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
+    try:
+        for ((_, starts), rows), key in zip(by_clip, new):
+            e = torch.from_numpy(np.stack([row for _, row in rows]))
+            kept[key] = (e, starts, sounds[key])
+            if len(kept) % SAVE_EVERY == 0:
+                training.save(file, kept)
+    finally:
+        training.save(file, {key: kept[key] for key in keys.values() if key in kept})
     return {clip: kept[key] for clip, key in keys.items()}
 
 
@@ -322,7 +318,7 @@ def plot(path: Path, machine: str, rows: list[tuple], train_scores: np.ndarray, 
 
 
 def draw_clip(axes, path: Path, seconds: float, what: str) -> None:
-    wave = data.read_wav(path)[round(seconds * SAMPLE_RATE) :]
+    wave = data.read_wav(path)[round(seconds * data.SAMPLE_RATE) :]
     n_frames = 1 + (len(wave) - data.FRAME) // data.HOP  # without the padding
     x = data.spectrogram(wave)[:n_frames].numpy()
     axes.imshow(x.T, origin="lower", aspect="auto", vmin=-1, vmax=1.2, cmap="magma")
@@ -346,17 +342,17 @@ def make_parser() -> argparse.ArgumentParser:
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)
-    training.add_hardware(add)
+    gpu = torch.cuda.is_available()
+    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    what = "processes that read WAV files (%(default)s; 4 with a GPU)"
+    add("--workers", type=int, default=4 if gpu else 0, metavar="N", help=what)
     add("--batch-size", type=training.positive, default=32, help="windows at once (%(default)s)")
     add("--plot", action="store_true", help="draw <machine>.png; needs matplotlib")
     return parser
 
 
 def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder, str]:
-    """-> (the model, what identifies it); fills in --data.
-
-    ValueError: --pooling for a trained run, machines that it was not trained on, or see load_run.
-    """
+    """-> (the model, what identifies it); fills in --data. Errors: also those of load_run."""
     if args.pretrained:
         weights, pooling = args.weights or backbone.WEIGHTS, args.pooling or "cls"
         args.data = args.data or "data"

@@ -30,7 +30,6 @@ from tqdm import tqdm
 import backbone
 import data
 from backbone import Embedder, load_ast
-from data import RandomWindows, SpecAug
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 
@@ -116,7 +115,7 @@ def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
 
     Order and windows are drawn here, so that a run does not depend on the number of workers.
     """
-    windows = RandomWindows(clips, labels, u=torch.rand(len(clips)))
+    windows = data.RandomWindows(clips, labels, u=torch.rand(len(clips)))
     order = torch.randperm(len(clips)).tolist()
     device = torch.device(args.device)
     loader = make_loader(windows, args.workers, device, batch_size=args.batch_size, sampler=order)
@@ -169,7 +168,7 @@ def train(args: argparse.Namespace) -> None:
         print(f"continuing after epoch {len(log)}")
 
     # The epochs. Each has a seed of its own, so that a run that continues draws the same numbers.
-    augment = SpecAug(args.time_mask, args.freq_mask)
+    augment = data.SpecAug(args.time_mask, args.freq_mask)
     for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(1_000_000 * args.seed + epoch)
         sum_of_losses = 0.0
@@ -207,7 +206,10 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
-    add_hardware(add)
+    gpu = torch.cuda.is_available()
+    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    what = "processes that read WAV files (%(default)s; 4 with a GPU)"
+    add("--workers", type=int, default=4 if gpu else 0, metavar="N", help=what)
     add("--micro-batch", type=positive, help="clips in the network at once (all of a batch)")
     add("--compile", action="store_true", help="torch.compile the model")
 
@@ -247,17 +249,14 @@ def make_parser() -> argparse.ArgumentParser:
 # ---------------------------------------------- plumbing: not needed to follow the method
 
 import json
-import platform
 from collections import Counter
 from importlib.metadata import version
 
 from torch.utils.data import DataLoader, Dataset
 
 
-def make_loader(dataset: Dataset, workers: int | None, device: torch.device, **options):
+def make_loader(dataset: Dataset, workers: int, device: torch.device, **options):
     """PyTorch's loader. Each of its processes has one batch in waiting, 32 x 0.52 MB."""
-    if workers is None:
-        workers = 4 if device.type == "cuda" else 0
     return DataLoader(
         dataset,
         num_workers=workers,
@@ -277,10 +276,10 @@ def make_record(args: argparse.Namespace, clips: list[data.Clip], classes: list[
     return {
         "args": vars(args) | {"precision": "bfloat16" if on_gpu else "float32"},
         "classes": ["/".join(names) for names in classes],
-        "clips": Counter(clip.machine for clip in clips),
+        "clips": dict(Counter(clip.machine for clip in clips)),
         "weights_sha256": data.file_digest(args.weights),
         "versions": {name: version(name) for name in ("torch", "torchaudio", "numpy")},
-        "hardware": torch.cuda.get_device_name(args.device) if on_gpu else platform.machine(),
+        "hardware": torch.cuda.get_device_name(args.device) if on_gpu else "CPU",
     }
 
 
@@ -288,15 +287,11 @@ def load_checkpoint(run: Path, record: dict) -> dict | None:
     """What last.pt holds. None: the folder has none. ValueError: it is that of another run."""
     if not (run / "last.pt").exists():
         return None
-    was = data.setting(json.loads((run / "args.json").read_text()))
-    now = data.setting(json.loads(json.dumps(record)))
+    was, now = data.setting(json.loads((run / "args.json").read_text())), data.setting(record)
     was["epochs"] = max(was["epochs"], now["epochs"])  # more may be trained
-    changes = []
-    for key, value in now.items():
-        if value != was.get(key):
-            changes.append(f"{key} was {str(was.get(key))[:60]}, is {str(value)[:60]}")
-    if changes:
-        other = f"{run} holds another run ({'; '.join(changes)})"
+    if changed := [key for key in now if now[key] != was.get(key)]:
+        what = [f"{key} was {str(was.get(key))[:60]}, is {str(now[key])[:60]}" for key in changed]
+        other = f"{run} holds another run ({'; '.join(what)})"
         raise ValueError(f"{other}: delete the folder, or name another with --run")
     return load(run / "last.pt")
 
@@ -320,10 +315,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """What `save` wrote: tensors and plain containers only; nothing in the file is executed.
-
-    ValueError: it holds something else.
-    """
+    """What `save` wrote. ValueError: more than tensors and plain containers; it is not executed."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, and PyTorch's advice is to execute it
@@ -354,14 +346,6 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
-
-
-def add_hardware(add) -> None:
-    """The arguments that train.py and score.py have in common."""
-    gpu = "cuda" if torch.cuda.is_available() else "cpu"
-    add("--device", default=gpu, help="cpu, cuda, cuda:1 (a GPU if there is one)")
-    about = "processes that read WAV files (4 for a GPU, none for a CPU)"
-    add("--workers", type=int, metavar="N", help=about)
 
 
 def main(argv: list[str] | None = None) -> None:

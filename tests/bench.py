@@ -150,7 +150,7 @@ def scoring(folder: Path) -> None:
     merge_lora(model.ast)
     model, batch = model.to(DEVICE), 32 if GPU else 4
     clips = data.list_clips(folder, "pump", "train")[: 16 * batch]
-    took = seconds(lambda: list(score.embed(model, clips, batch, None)), rounds=1)[0]
+    took = seconds(lambda: list(score.embed(model, clips, batch, 4 * GPU)), rounds=1)[0]
     row("embedding WAV files in float32", f"{len(clips) / took:.3g} clips/s", "", "")
     e = F.normalize(torch.randn(20_000, 256)).numpy()
     arguments = (e[:5000], e, np.arange(20_000), np.array(["source"] * 20_000, object), 1, "none")

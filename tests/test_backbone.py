@@ -12,7 +12,6 @@ from conftest import (
     REAL,
     ROOT,
     assert_equal_within,
-    error_of,
     hub_state,
     lively_ast,
     needs_real,
@@ -52,12 +51,6 @@ def test_a_block_is_torchs_own_encoder_layer():
     with torch.no_grad():
         what = "AST block against torch.nn.TransformerEncoderLayer"
         assert_equal_within(2e-5, what, ours(x), theirs(x))
-
-
-def test_random_weights_begin_as_a_vision_transformers_do():
-    ast = AST(dim=768, depth=0)
-    for parameter in (ast.cls_token, ast.dist_token, ast.pos_embed):
-        assert parameter.std().item() == pytest.approx(0.02, rel=0.2)
 
 
 @pytest.mark.parametrize("shape", [(1, 1023, 128), (1, 128, 1024), (1, 1024, 64)])
@@ -167,12 +160,12 @@ def test_another_model_is_refused_in_one_line(ast, tmp_path, name, tensor, messa
 
 
 def test_what_is_no_weight_file_is_refused(ast, tmp_path):
-    """Empty, a web page, cut somewhere, of another precision."""
+    """Empty, a web page, cut somewhere."""
     path = tmp_path / "ast.safetensors"
     write_ast(path, ast)
     whole = path.read_bytes()
     cut = [whole[: int(share * len(whole))] for share in (0.001, 0.1, 0.5, 0.999)]
-    for content in (b"", b"<!doctype html>", *cut, whole.replace(b'"F32"', b'"F64"')):
+    for content in (b"", b"<!doctype html>", *cut):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"ast\.safetensors is not an AST"):
             load_ast(path)
@@ -188,24 +181,6 @@ def test_the_command_fetches_verifies_and_describes(ast, server, tmp_path, monke
     assert Path("weights/ast.safetensors").read_bytes() == content
     sizes = "2 blocks, 64 dimensions, 1214 tokens"
     assert f"{sizes}, {count_parameters(ast)[1]:,} parameters" in out
-
-
-@pytest.mark.parametrize("by_hand", [True, False])
-def test_weights_with_another_checksum_are_refused(server, tmp_path, monkeypatch, capsys, by_hand):
-    monkeypatch.chdir(tmp_path)
-    server.files["/model.safetensors"] = b"something else"
-    if by_hand:
-        Path("weights").mkdir()
-        Path("weights/ast.safetensors").write_bytes(b"something else")
-    message = error_of(backbone.main, [], capsys)
-    assert "weights/ast.safetensors has not the sha256 ae0c1e2a" in message
-    assert len(server.requests) == (not by_hand)
-
-
-def test_nothing_is_fetched_under_a_name_of_ones_own(server, tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"mistyped is missing; `python backbone\.py`"):
-        backbone.fetch_weights(tmp_path / "mistyped")
-    assert server.requests == []
 
 
 def test_the_sizes_that_the_readme_prints():

@@ -1,7 +1,7 @@
 """The command lines: help, every command of the README, the demo, the picture, and wrong uses."""
 
+import glob
 import importlib.util
-import os
 import re
 import shlex
 import shutil
@@ -48,16 +48,12 @@ def test_the_readmes_settings_are_those_of_the_parsers():
     assert len(found) == 22
 
 
-# The README's shell blocks are run by a real bash, in which `python` is a function: it hands its
-# arguments to this process, which runs the script's main() on them, and waits for the exit status.
+# The README's shell blocks are run by a real bash, in which `python` only prints its arguments. The
+# scripts' main() then runs on them in this process.
 SHELL = """
-python() {
-  (flock 9; printf '%q ' "$@" >&$REQUEST; echo >&$REQUEST; read -r status <&$REPLY
-   exit $status) 9>lock
-}
-git() { :; }; cd() { :; }; pip() { :; }; source() { :; }; python3() { :; }
+python() { printf '%q ' "$@"; echo; }
+git() { :; }; cd() { :; }; pip() { :; }; source() { :; }; python3() { :; }; command() { :; }
 sbatch() { for SLURM_ARRAY_TASK_ID in $(seq $(wc -l < runs.txt)); do eval "${@: -1}"; done; }
-export -f python pip
 set -e
 """
 
@@ -82,30 +78,20 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
     for long, short in shorter.items():
         blocks = blocks.replace(long, short)
 
-    (request, to_us), (from_us, reply) = os.pipe(), os.pipe()
-    variables = os.environ | {"REQUEST": str(to_us), "REPLY": str(from_us)}
-    command = ["bash", "-c", SHELL + blocks]
-    shell = subprocess.Popen(command, env=variables, pass_fds=(to_us, from_us))
-    os.close(to_us)
-    ran = []
-    for line in os.fdopen(request):
-        name, *argv = shlex.split(line)
+    shell = ["bash", "-c", SHELL + blocks]
+    printed = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
+    commands = printed.splitlines()
+    for command in commands:
+        name, *words = shlex.split(command)
+        argv = [path for word in words for path in sorted(glob.glob(word)) or [word]]
         argv += ["--epochs", "1", "--device", "cpu"] if name == "train.py" else []
         if importlib.util.find_spec("matplotlib") is None:  # optional
             argv = [flag for flag in argv if flag != "--plot"]
-        status = "0"
-        try:
-            if name in SCRIPTS:
-                SCRIPTS[name].main(argv)
-            else:
-                assert name == "-m" or (ROOT / name).exists(), name
-        except SystemExit as stop:
-            status = "1"
-            ran.append(("failed", stop.code))
-        ran.append((line, status))
-        os.write(reply, f"{status}\n".encode())
-    assert shell.wait() == 0, ran[-2:]
-    assert len(ran) > 30
+        if name in SCRIPTS:
+            SCRIPTS[name].main(argv)
+        else:
+            assert name == "-m" or (ROOT / name).exists(), name
+    assert len(commands) > 30
 
 
 @pytest.fixture
@@ -207,22 +193,18 @@ FAN, PUMP = ["--machine", "fan", *FLAGS], ["--machine", "pump", *FLAGS]
 WRONG = [
     # script, arguments, what is there first, the message
     ("train.py", [], None, "the following arguments are required: --machine"),
-    ("train.py", [*FAN, "--rank", "0"], None, "LoRA needs rank >= 1"),
     ("train.py", [*FAN, "--layers", "99"], None, "layer 99 does not exist: there are layers 0-1"),
-    ("train.py", [*FAN, "--margin", "2"], None, "margin is in radians"),
-    ("train.py", [*FAN, "--freq-mask", "-1"], None, "SpecAug masks are 0 to 96 frames, 0 to 128"),
     ("train.py", [*FAN, "--device", "cdua"], None, "Expected one of cpu, cuda, "),
     ("train.py", [*FAN, "--bach-size", "4"], None, "unrecognized arguments: --bach-size 4"),
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder, "Not a directory: 'runs/x'"),
     ("train.py", PUMP, None, "no WAV file in data/pump/train"),
     ("train.py", PUMP, own_machine, "train jointly with other machines"),
     ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav is no WAV file"),
-    ("train.py", ["--machine", "fan"], web_page_for_weights, "has not the sha256 ae0c1e2a"),
+    ("train.py", ["--machine", "fan"], web_page_for_weights, "has another sha256: delete it"),
     ("train.py", ["--machine", "fan"], None, "put the file at weights/ast.safetensors"),
     ("train.py", ["--machine", "bearing"], None, "at data/bearing.part/dev_bearing.zip"),
     ("score.py", FAN, None, "runs/fan is no finished run of train.py"),
     ("score.py", [*PUMP, "--pretrained"], web_page_for_a_clip, "b.wav is no WAV file"),
-    ("score.py", [*FAN, "--pretrained", "--percentile", "0.9"], None, "from 1 to 100, not 0.9"),
     ("train.py", [*FAN, "--epochs", "0"], None, "argument --epochs: invalid positive value: '0'"),
     ("evaluate.py", FAN[:2], None, "runs/fan has no scores of fan: run score.py, or set --run"),
     ("data.py", ["--machine", "fna"], None, "no WAV file in data/fna/train"),

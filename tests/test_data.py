@@ -8,13 +8,13 @@ import zipfile
 from pathlib import Path
 
 import numpy as np
+import plain
 import pytest
 import scipy
 import torch
 import torchaudio
 from conftest import REAL, assert_equal_within, in_a_process, needs_real, serve
 from scipy.io import wavfile
-from torchaudio.compliance.kaldi import fbank
 
 import data
 from data import (
@@ -170,29 +170,13 @@ def test_unusable_files_are_refused_with_file_and_reason(content, reason, tmp_pa
     assert str(path) in str(error.value)
 
 
-def kaldi(wave: torch.Tensor) -> torch.Tensor:
-    """The official AST's call."""
-    options = {"htk_compat": True, "sample_frequency": 16000, "use_energy": False,
-               "window_type": "hanning", "num_mel_bins": 128, "dither": 0.0,
-               "frame_shift": 10}  # fmt: skip
-    return fbank(wave[None], **options)
-
-
 @pytest.mark.parametrize("n_samples", [400, 559, 560, 160000, 164080, 192000])
 def test_a_spectrogram_is_the_official_one(n_samples):
     """Log-mel, padded or cut, then normalised (YuanGongND/ast, src/dataloader.py)."""
     torch.manual_seed(n_samples)
     wave = torch.rand(n_samples) * 2 - 1
-    x = torch.zeros(1024, 128)
-    frames = kaldi(wave)[:1024]
-    x[: len(frames)] = frames
-    assert torch.equal(spectrogram(wave), (x + 4.2677393) / (2 * 4.5689974))
-
-
-def test_a_window_of_the_wave_is_a_window_of_the_spectrogram():
-    wave = torch.rand(192000) * 2 - 1
-    expected = (kaldi(wave)[100:1124] + 4.2677393) / (2 * 4.5689974)
-    assert torch.equal(spectrogram(wave, 100 * 160), expected)
+    expected = plain.network_input(plain.mel_frames(wave)[:1024])
+    assert torch.equal(spectrogram(wave), expected)
 
 
 @pytest.mark.parametrize("n_samples", [400, 160000, 163920, 164080, 164240, 192000, 800000])
@@ -229,13 +213,6 @@ def test_all_windows_of_a_clip(tmp_path):
     assert torch.equal(x, torch.stack([spectrogram(wave, start) for start in starts]))
 
 
-def masks(shape: tuple, time_mask: int, freq_mask: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which frames (B, T) and which bins (B, F) became 0."""
-    torch.manual_seed(0)
-    y = SpecAug(time_mask, freq_mask)(torch.ones(shape))
-    return (y == 0).all(dim=2), (y == 0).all(dim=1)
-
-
 def test_specaug_masks_one_stripe_each_and_leaves_the_rest():
     x = torch.rand(50, 100, 40) + 1
     torch.manual_seed(0)
@@ -247,13 +224,6 @@ def test_specaug_masks_one_stripe_each_and_leaves_the_rest():
             assert edges in (0, 2), "one contiguous stripe, or none"
         kept = ~rows[:, None] & ~columns[None, :]
         assert torch.equal(clip[kept], original[kept]) and (clip[~kept] == 0).all()
-
-
-def test_specaug_draws_each_clip_and_each_mask_independently():
-    time_width, freq_width = (stripes.sum(1) for stripes in masks((4000, 100, 100), 80, 80))
-    assert len(time_width.unique()) > 70
-    for a, b in ((time_width, freq_width), (time_width[1:], time_width[:-1])):
-        assert abs(np.corrcoef(a, b)[0, 1]) < 4 / 4000**0.5
 
 
 def test_specaug_may_mask_everything_but_not_more():
@@ -342,7 +312,7 @@ def test_a_wrong_checksum_is_refused_and_no_folder_appears(server, monkeypatch, 
     else:
         (tmp_path / "fan.part").mkdir()
         (tmp_path / "fan.part" / "dev_fan.zip").write_bytes(b"another file")
-    with pytest.raises(ValueError, match=r"dev_fan\.zip has not the md5 .*: delete it"):
+    with pytest.raises(ValueError, match=r"dev_fan\.zip has another md5: delete it"):
         data.fetch("fan", tmp_path)
     assert tree(tmp_path) == ["fan.part/dev_fan.zip"]
 

@@ -151,7 +151,7 @@ WRONG_LABELS = {
     "a 1.wav,yes\n": r"labels\.csv, line 1: 'a 1.wav,yes'",
     "a 1.wav,1\na 2.wav,2\n": r"labels\.csv, line 2: 'a 2.wav,2'",
     "a 1.wav,1\na 1.wav,0\n": r"labels\.csv, line 2: a 1.wav stands there twice",
-    "a 1.wav,1\n": r"labels\.csv has no line for a 2.wav, c,4.wav, ö.wav",
+    "a 1.wav,1\n": r"labels\.csv has no line for 3 clips, such as a 2.wav",
 }
 
 
@@ -163,24 +163,19 @@ def test_labels_that_cannot_be_understood_are_refused_with_file_and_line(tmp_pat
 
 
 def test_ones_own_machine_needs_only_a_labels_file(tmp_path, capsys):
-    """0.8 beats both normals, 0.2 beats one of two: 3 of 4 pairs. Without domains all is source.
-    An official score of one's own machine would mean nothing. A name of the challenge's changes
-    nothing.
+    """0.95 beats both normals, 0.2 beats one of two: 3 of 4 pairs. Without domains all is source.
+    An official score of one's own machine would mean nothing.
     """
-    scores = dict(zip(OWN, [0.2, 0.9, 0.95, 0.1]))
-    for machine in ("pump", "Vacuum"):
-        run = scored(tmp_path / "run", machine, scores)
-        argv = ["--machine", machine, "--run", str(run)]
-        message = error_of(evaluate.main, argv, capsys)
-        assert f"{tmp_path}/data/{machine}/labels.csv is missing; a line for each clip" in message
-        write(tmp_path / "data" / machine / "labels.csv", zip(OWN, [1, 0, 1, 0]))
-        evaluate.main(argv)
-        out = capsys.readouterr().out
-        assert f"{machine}: 1 of 2 anomalies missed, 1 false alarms of 2" in out
-        assert "official" not in out
-        row, _ = evaluate_machine(machine, run)
-        assert row["auc_source"] == 3 / 4 and math.isnan(row["auc_target"])
-        assert row["set"] == "own"
+    run = scored(tmp_path / "run", "pump", dict(zip(OWN, [0.2, 0.9, 0.95, 0.1])))
+    argv = ["--machine", "pump", "--run", str(run)]
+    message = error_of(evaluate.main, argv, capsys)
+    assert f"{tmp_path}/data/pump/labels.csv is missing; a line for each clip" in message
+    write(tmp_path / "data" / "pump" / "labels.csv", zip(OWN, [1, 0, 1, 0]))
+    evaluate.main(argv)
+    out = capsys.readouterr().out
+    assert "pump: 1 of 2 anomalies missed, 1 false alarms of 2" in out and "official" not in out
+    row, _ = evaluate_machine("pump", run)
+    assert row["auc_source"] == 3 / 4 and math.isnan(row["auc_target"])
 
 
 def test_scores_are_finite_numbers_of_every_size(tmp_path):
@@ -194,7 +189,7 @@ def test_decisions_must_be_of_the_same_clips_and_may_be_missing(tmp_path):
     run = scored(tmp_path / "run", "fan", made_up(0))
     decisions = run / "decision_result_fan_section_00_test.csv"
     write(decisions, [(name, 1) for name in list(made_up(0))[1:]])
-    with pytest.raises(ValueError, match=r"decision_result_fan.* has no line for section"):
+    with pytest.raises(ValueError, match=r"decision_result_fan.* no line for 1 clips"):
         evaluate_machine("fan", run)
     decisions.unlink()
     row, _ = evaluate_machine("fan", run)
@@ -292,4 +287,4 @@ def test_undefined_numbers_print_n_a_and_make_the_total_partial(tmp_path, capsys
     run = scored(tmp_path / "run", "fan", dict(zip(names, [1, 2])))
     out = table(capsys, "--machine", "fan", "--run", str(run))
     assert "| fan | 100.00 | n/a | 100.00 | 100.00 |" in out
-    assert "**100.00** (n = 1), partial (1/7; 1 of 3 values undefined)" in out
+    assert "**100.00** (n = 1), partial (0/7)" in out

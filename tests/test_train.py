@@ -273,12 +273,6 @@ def test_continuing_with_other_clips_or_weights_is_refused(small, capsys):
     assert "weights_sha256 was" in refusal(capsys, *both)
 
 
-def test_what_was_trained_in_bfloat16_is_not_continued_in_float32(fan, capsys):
-    path = run() / "args.json"
-    path.write_text(path.read_text().replace('"float32"', '"bfloat16"'))
-    assert "precision was bfloat16, is float32" in refusal(capsys, "--epochs", "3")
-
-
 @pytest.mark.parametrize(("micro_batch", "epochs"), [("4", 2), ("3", 1)])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_epoch(
     fan, monkeypatch, capsys, micro_batch, epochs
@@ -415,15 +409,18 @@ def test_compile_keeps_a_static_graph_for_full_batches(small, monkeypatch):
     assert sizes == [3, 2] and losses == pytest.approx(without, rel=1e-5)
 
 
-def test_four_processes_read_for_a_gpu_with_one_batch_each_in_waiting():
+def test_four_processes_read_for_a_gpu_with_one_batch_each_in_waiting(monkeypatch):
     """With u and the order drawn before: the loader draws nothing from training's generator."""
-    gpu, cpu = torch.device("cuda"), torch.device("cpu")
-    assert train.make_loader([0], None, gpu).num_workers == 4
-    assert train.make_loader([0], None, cpu).num_workers == 0
+    for gpu, defaults in ((True, ("cuda", 4)), (False, ("cpu", 0))):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpu=gpu: gpu)
+        for module in (train, score):
+            args = module.make_parser().parse_args(["--machine", "fan"])
+            assert (args.device, args.workers) == defaults
+    cpu = torch.device("cpu")
     assert train.make_loader([0], 2, cpu).prefetch_factor == 1
     torch.manual_seed(0)
     before = torch.get_rng_state()
-    list(train.make_loader([0], None, cpu))
+    list(train.make_loader([0], 0, cpu))
     assert torch.equal(torch.get_rng_state(), before)
 
 
