@@ -150,7 +150,7 @@ class Embedder(nn.Module):
     pooling    "cls"   mean of the class tokens, as AST was trained
                "mean"  mean of the patches, as in comparisons of untouched models (arXiv 2603.04605)
                "asp"   attentive statistics of the patches
-    embedding  dimensions of the result; None: no linear layer (for the untouched AST)
+    embedding  dimensions of the result; None: no linear layer (for the untouched AST), dim of them
     """
 
     def __init__(self, ast: AST, pooling: str, embedding: int | None):
@@ -222,7 +222,7 @@ def load_ast(path: str | Path) -> AST:
                 state[name] = tensor
         dim = state["norm.weight"].numel()
         depth = sum(name.endswith("norm1.weight") for name in state)
-        with torch.random.fork_rng(devices=[]):  # all its random weights are replaced
+        with torch.random.fork_rng(devices=[]):  # to draw nothing from the caller's generator
             ast = AST(dim, depth, dim // HEAD_DIM)
         ast.load_state_dict(state)
     except (ValueError, KeyError, RuntimeError) as error:
@@ -232,7 +232,7 @@ def load_ast(path: str | Path) -> AST:
 
 
 def read_safetensors(path: str | Path) -> dict[str, Tensor]:
-    """8 bytes of header length, a JSON header (name: shape, data_offsets, ...), the numbers."""
+    """8 bytes of header length, a JSON header (name: shape, data_offsets, ...), float32 numbers."""
     raw = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
     header = json.loads(raw[8:start])

@@ -84,8 +84,8 @@ def decode(path: str | Path) -> tuple[Tensor, int]:
 
     The scale matters: with samples of int16 as they are, every log-mel value would be too large
     by ln(32768²) = 20.8, and the results would still look plausible.
-    ValueError, naming file and reason: not a WAV file that scipy reads, truncated, not finite, of
-    another scale, shorter than a frame.
+    ValueError, naming file and reason: not a WAV file that scipy reads right, truncated, not
+    finite, of another scale, shorter than a frame.
     """
     try:
         content = Path(path).read_bytes()
@@ -256,7 +256,8 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 
 # What the commands share
 
-# What args.json holds and no result depends on. It does on the kind of device, see `precision`.
+# What args.json holds and no result depends on: it does on the kind of device, see `precision`,
+# and on micro_batch only with --dropout.
 CIRCUMSTANCES = "run data weights workers device compile micro_batch versions hardware args".split()
 
 
@@ -273,7 +274,7 @@ def one_line_errors():
     except KeyboardInterrupt:
         sys.exit("\ninterrupted; the same command again continues with what has been saved")
     except (ValueError, OSError, ImportError, RuntimeError) as error:
-        lines = str(error).strip().splitlines()
+        lines = str(error).strip().splitlines() or [repr(error)]
         reason = lines[-1] if "Traceback" in str(error) else lines[0]  # that of a reading process
         sys.exit(f"{Path(sys.argv[0]).name}: error: {reason}")
 
@@ -291,7 +292,7 @@ def whole_file(path: Path, mode: str = "wb", **options):
 
 
 def write_csv(path: Path, rows: list) -> None:
-    """No header, and lines that end in \\n, as the challenge wants it."""
+    """Adds no header, and ends lines with \\n, as the challenge wants it."""
     with whole_file(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
         csv.writer(file, lineterminator="\n").writerows(rows)
 

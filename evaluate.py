@@ -14,8 +14,8 @@ and no part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator,
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± deviation
 
-Reads no audio. Labels come from the clips' names; where these do not tell, from
-<data>/<machine>/labels.csv and domains.csv.
+Reads no audio. Labels come from the clips' names; if one of a machine's does not tell, all come
+from <data>/<machine>/labels.csv and domains.csv.
 """
 
 import math
@@ -108,7 +108,7 @@ def read_csv(path: Path, number: str = r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?") -> dict[
                 raise ValueError(f"{path}, line {i}: {name} stands there twice")
             values[name] = float(match[2])
         elif line.strip(" \t,;") and (i > 1 or ".wav" in line.lower()):  # not blank, no header
-            right = "a right one is name.wav,1 or name.wav,0"
+            right = "a right one is a clip's name and a number, for labels name.wav,0 or name.wav,1"
             raise ValueError(f"{path}, line {i}: {line!r}; {right}")
     return values
 
@@ -124,7 +124,7 @@ def read_labels(path: Path, names: list[str]) -> list[bool]:
 def labels_of(machine: str, names: list[str], root: str) -> tuple[list, list]:
     """(is_anomaly, is_target) of the test clips called `names`.
 
-    Where the names do not tell, from root/machine/labels.csv and domains.csv; a clip without a
+    If one name does not tell, all from root/machine/labels.csv and domains.csv; a clip without a
     domain counts as source. ValueError: no labels, or something is wrong in these files.
     """
     clips = [data.parse_clip(Path(machine, "test", name)) for name in names]
@@ -146,7 +146,7 @@ def read_json(path: Path) -> dict:
 
 
 def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[dict, list[str]]:
-    """A row of metrics.csv, and the clips' names. Errors: no scores; see read_csv, labels_of."""
+    """A row of metrics.csv and the clips' names. Errors: no scores; see read_csv, labels_of."""
     end = f"{machine}_section_00_test.csv"
     if not (run / f"anomaly_score_{end}").exists():
         raise FileNotFoundError(f"{run} has no scores of {machine}: run score.py, or set --run")

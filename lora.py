@@ -25,7 +25,7 @@ class LoRALinear(nn.Module):
     """The equation above around one `nn.Linear`, which is frozen and kept as `base`.
 
     rank     r >= 1; the update has rank · (in + out) weights instead of in · out
-    alpha    scales the update by alpha/rank
+    alpha    > 0; scales the update by alpha/rank
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
     forward: x (..., in) -> (..., out). ValueError: rank, alpha or dropout out of range.

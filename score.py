@@ -40,7 +40,7 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
     device = model.ast.pos_embed.device
     torch.backends.cudnn.allow_tf32 = False  # it has 10 of a float32's 23 mantissa bits
     loader = training.make_loader(data.AllWindows(clips), workers, device, batch_size=None)
-    waiting = []  # windows that have not yet been through the network, batch_size at a time
+    waiting = []  # windows that wait until there is a batch of them
     for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), of one clip
         waiting += [((index, starts), window) for window in x]
         is_last = index == len(clips) - 1
@@ -99,7 +99,7 @@ def most_anomalous(scores: np.ndarray, clip_id: np.ndarray) -> np.ndarray:
 def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
     """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' scores.
 
-    Both arguments have one score per clip. For a trained model the threshold is low: training has
+    Both arrays have one score per clip. For a trained model the threshold is low: training has
     drawn those clips together, so more than 10 % of new normal clips may lie above it.
     ValueError: a percentile below 1 (was 0.9 meant to be 90?) or above 100.
     """
@@ -111,7 +111,7 @@ def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90)
 
 def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
     """Score one machine, from its clips to its files."""
-    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum}, in order of name
+    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum of its file}
     kept = kept_embeddings(machine, train_clips | test_clips, model, model_id, args)
     # For each window: its embedding, the index of its clip, its first sample.
     train, train_id, train_start = stacked(kept, train_clips)
@@ -158,6 +158,7 @@ def normalised(
              is TRANSDUCTIVE: each score depends on the whole test set. Later rules forbid it.
 
     When a training clip is scored, its windows leave the bank; ρ, μ and σ stay as they are.
+    ValueError: too few clips, or test scores that do not vary.
     """
     if normalize == "density":
         rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
@@ -180,6 +181,7 @@ def normalised(
 
 import contextlib
 import json
+import shlex
 
 from tqdm import tqdm
 
@@ -236,8 +238,8 @@ def say_what_is_unlike(machine: str, sounds: dict) -> None:
 def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
     """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start, its sound)}.
 
-    They are kept in the run folder under model and content, also after Ctrl-C, so that only what is
-    new is decoded, all of it first, and embedded. Says what is unlike. Errors: see decode.
+    They are kept in the run folder under model and content, also after Ctrl-C. Only new clips are
+    read: first all are decoded, so that a bad file is named at once. Says what is unlike.
     """
     file = args.run / f"embeddings_{machine}.pt"
     kept = training.load(file) if file.exists() else {}
@@ -268,7 +270,7 @@ def stacked(kept: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray
 def write_results(
     machine: str, report: dict, train_scores: np.ndarray, model_id: str, args: argparse.Namespace
 ) -> None:
-    """The CSV files, and the ten highest scores; what is not made anew is removed."""
+    """The CSV files, and the ten highest scores. The old picture and metrics.csv are removed."""
     for old in (args.run / f"{machine}.png", args.run / "metrics.csv"):
         old.unlink(missing_ok=True)
     report = {name: column.tolist() for name, column in report.items()}
@@ -338,7 +340,7 @@ def make_parser() -> argparse.ArgumentParser:
     what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
     add("--pooling", choices=["cls", "mean"], help=what)
     add("--k", type=training.positive, default=1, help="neighbours (%(default)s) [same lab]")
-    what = "density: divide by it; test: by all test scores, transductive (%(default)s) [same lab]"
+    what = "by density, or by the test scores: transductive (%(default)s) [same lab]"
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)
@@ -365,7 +367,7 @@ def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder,
     model, trained = training.load_run(args.run, args.weights)
     args.data = args.data or trained.data
     if not set(machines) <= set(data.machine_names(trained.machine)):
-        raise ValueError(f"{args.run} was trained on no other than {' '.join(trained.machine)}")
+        raise ValueError(f"{args.run} was trained on {' '.join(trained.machine)}")
     merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
     digest = data.file_digest(args.run / "adapter.pt")
     return model.to(args.device), f"adapter-{trained.precision} {digest}"
@@ -382,8 +384,8 @@ def main(argv: list[str] | None = None) -> None:
         for machine in machines:
             data.fetch(machine, args.data)
             score_machine(machine, model, model_id, args)
-    names = " ".join(args.machine)
-    print(f"wrote {args.run}; next: python evaluate.py --machine {names} --run {args.run}")
+    evaluation = ["python", "evaluate.py", "--machine", *args.machine, "--run", str(args.run)]
+    print(f"wrote {args.run}; next: {shlex.join(evaluation)}")
 
 
 if __name__ == "__main__":

@@ -13,12 +13,13 @@ of the AST stay as they are. There is no validation set: choosing an epoch would
 
     python train.py --machine fan            # or several, or dev, eval, all: one joint model
 
-writes runs/fan: args.json, log.csv, last.pt (all that is needed to continue) and adapter.pt (the
+writes runs/fan: args.json, log.csv, last.pt (the state to continue from) and adapter.pt (the
 trained weights for score.py, without the class centres). The same command again continues.
 """
 
 import argparse
 import math
+import shlex
 from pathlib import Path
 
 import torch
@@ -126,7 +127,8 @@ def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
 def train(args: argparse.Namespace) -> None:
     """From the clips to <run>/adapter.pt.
 
-    ValueError: unusable clips, one class only, another run in the folder, a loss not finite.
+    ValueError: unusable clips or settings, one class only, another run in the folder, a loss that
+    is not finite. FileNotFoundError: no clips.
     """
     # The clips, and the class of each.
     clips = []
@@ -153,13 +155,13 @@ def train(args: argparse.Namespace) -> None:
     trainable, total = count_parameters(model)
     print(f"{trainable:,} of the model's {total:,} parameters are trained, in {n_steps:,} steps")
 
-    # A run that was interrupted continues after its last whole epoch. The model is no such part: of
-    # its weights only those that are trained are saved.
+    # A run that was interrupted continues after its last whole epoch. The model is not among the
+    # parts: only its trained weights are saved.
     run = Path(args.run)
     parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
     log = []  # a row for each finished epoch, so that its length says where to continue
     record = make_record(args, clips, classes)
-    saved = load_checkpoint(run, record)  # an error if any but --epochs has changed since
+    saved = load_checkpoint(run, record)  # an error if it is of another run
     if saved is not None:
         load_trained_state(model, saved["model"])
         for name, part in parts.items():
@@ -185,8 +187,8 @@ def train(args: argparse.Namespace) -> None:
         save_epoch(run, record, {"model": trained_state(model), **states, "log": log})
 
     save(run / "adapter.pt", trained_state(model))
-    machines = " ".join(args.machine)
-    print(f"{run} is trained; next: python score.py --machine {machines} --run {run}")
+    score = ["python", "score.py", "--machine", *args.machine, "--run", args.run]
+    print(f"{run} is trained; next: {shlex.join(score)}")
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -219,7 +221,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--rank", type=int, default=64, help="r (%(default)s) [reported]")
     add("--alpha", type=float, help="scales the update by alpha/rank (the rank) [our choice]")
     add("--dropout", type=float, default=0.0, help="on LoRA's input (%(default)s) [ASDKit]")
-    add("--targets", nargs="+", default=["q", "v"], help="of q k v proj fc1 fc2 (q v) [ASDKit]")
+    add("--targets", nargs="+", default=["q", "v"], help="any of q k v proj fc1 fc2 (q v) [ASDKit]")
     add("--layers", nargs="+", type=int, help="blocks, such as 8 9 10 11 (all) [reported]")
 
     add = parser.add_argument_group("head").add_argument
@@ -237,7 +239,7 @@ def make_parser() -> argparse.ArgumentParser:
 
     add = parser.add_argument_group("optimizer").add_argument
     add("--lr", type=float, default=1e-4, help="of head, centres, LoRA (%(default)s) [ASDKit]")
-    add("--ast-lr", type=float, default=1e-5, help="of a whole AST (%(default)s) [AST's own]")
+    add("--ast-lr", type=float, default=1e-5, help="of AST, full tuning (%(default)s) [AST's own]")
     add("--warmup", type=int, default=360, help="steps, <= a tenth of all (%(default)s) [same lab]")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s) [our choice]")
     add("--epochs", type=positive, default=25, help="passes over all clips (%(default)s) [ASDKit]")
@@ -297,7 +299,7 @@ def load_checkpoint(run: Path, record: dict) -> dict | None:
 
 
 def save_epoch(run: Path, record: dict, state: dict) -> None:
-    """args.json, last.pt, log.csv; what was made of an earlier epoch is removed first."""
+    """args.json, last.pt, log.csv; results of an earlier epoch are removed first."""
     run.mkdir(parents=True, exist_ok=True)
     made = "adapter.pt anomaly_score_* decision_result_* report_* scoring_* metrics.csv *.png"
     for pattern in made.split():
@@ -315,7 +317,7 @@ def save(path: Path, state: dict) -> None:
 
 
 def load(path: Path) -> dict:
-    """What `save` wrote. ValueError: more than tensors and plain containers; it is not executed."""
+    """What `save` wrote; nothing is executed. ValueError: damaged, or more than plain tensors."""
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # of many kinds, and PyTorch's advice is to execute it
@@ -326,7 +328,8 @@ def load_run(run: str | Path, weights: str | None = None) -> tuple[Embedder, arg
     """-> (the trained model on the CPU, the arguments it was trained with).
 
     weights  where the AST's weights are now, if not where they were in training
-    ValueError: no finished run, an AST with another checksum, an adapter of another size.
+    ValueError: no finished run, an AST with another checksum, an adapter that is damaged or of
+    another size.
     """
     run = Path(run)
     if not (run / "adapter.pt").exists():

@@ -2,9 +2,9 @@
 
     pip install transformers peft && python tests/bench.py
 
-Made for a GPU; a few minutes on two CPU cores. Prints one Markdown table. Both sides of a ratio are
-measured in turn, in this one process, on the same input; each is the median of its rounds. The
-weights are random: speed does not depend on them.
+Made for a GPU; a few minutes on two CPU cores. Prints one Markdown table. Both sides of a step's
+ratio are measured in turn, in this one process, on the same input; each is the median of its
+rounds. The weights are random: speed does not depend on them.
 """
 
 import argparse

@@ -264,7 +264,7 @@ def print_table(table: dict[str, list[str]]) -> None:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="The method in miniature, on made-up sounds.")
     add = parser.add_argument
-    add("--machine", nargs="+", metavar="NAME", help=f"a machine's name ({MACHINES[0]})")
+    add("--machine", nargs="+", metavar="NAME", help=f"a name; several with --all ({MACHINES[0]})")
     add("--data", metavar="DIR", help="of real clips (none: made up in data/demo)")
     add("--all", action="store_true", help=f"{', '.join(MACHINES)}; four rows, seeds 0, 1, 2")
     args = parser.parse_args(argv)
@@ -277,7 +277,8 @@ def main(argv: list[str] | None = None) -> None:
     table = {}
     for row in ("as it is", "frozen", "LoRA"):
         table[row] = [f"{number:.1f}" for number in numbers_of(root, machines[0], row)]
-    print("\nMade-up sounds and a tiny AST: no numbers of DCASE.")
+    sounds = "Made-up sounds" if args.data is None else "Real sounds"
+    print(f"\n{sounds} and a tiny AST: no numbers of the paper's method.")
     print_table(table)
 
 

@@ -3,8 +3,7 @@
     pip install soundfile && ASD_NETWORK=1 python -m pytest tests/test_network.py -rP
 
 Every address answers with what is expected there; the public weights give the hub's own published
-numbers; fan unpacks to the challenge's clips, and `score.py --machine fan --pretrained` ends with a
-table.
+numbers; fan unpacks to the challenge's clips, which the untouched AST scores, up to a table.
 """
 
 import os
