@@ -81,7 +81,7 @@ class Block(nn.Module):
 
 
 class AST(nn.Module):
-    """The Transformer with random weights; `load_ast` gives the trained one.
+    """The untrained Transformer; `load_ast` gives the trained one.
 
     forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim): two class tokens, then the
     patches, all after the final norm. ValueError: another input shape.
@@ -93,9 +93,9 @@ class AST(nn.Module):
         across_mel = (N_MELS - PATCH) // STRIDE + 1  # 12 patches
         across_time = (N_FRAMES - PATCH) // STRIDE + 1  # 101 patches
         self.patch_embed = nn.Conv2d(1, dim, kernel_size=PATCH, stride=STRIDE)
-        self.cls_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)
-        self.dist_token = nn.Parameter(torch.randn(1, 1, dim) * 0.02)  # DeiT's distillation token
-        self.pos_embed = nn.Parameter(torch.randn(1, 2 + across_mel * across_time, dim) * 0.02)
+        self.cls_token = nn.Parameter(torch.zeros(1, 1, dim))
+        self.dist_token = nn.Parameter(torch.zeros(1, 1, dim))  # DeiT's distillation token
+        self.pos_embed = nn.Parameter(torch.zeros(1, 2 + across_mel * across_time, dim))
         self.blocks = nn.ModuleList([Block(dim, heads) for _ in range(depth)])
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
