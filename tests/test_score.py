@@ -63,6 +63,9 @@ def test_the_k_nearest_are_averaged():
     assert nearest(found, 1) == pytest.approx([0.1])
     assert nearest(found, 2) == pytest.approx([0.2])
     assert nearest(found, 3) == pytest.approx([0.3])
+    many = np.random.default_rng(0).random((50, 2000))
+    for k in (1, 2, 3):
+        assert nearest(many, k) == pytest.approx(np.sort(many)[:, :k].mean(axis=1))
     with pytest.raises(ValueError, match="no distance to 4 windows"):
         nearest(found, 4)
 
