@@ -239,6 +239,8 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     header.pop("__metadata__", None)
     tensors = {}
     for name, entry in header.items():
+        if entry["dtype"] != "F32":
+            raise ValueError(f"{name} is {entry['dtype']}, not F32")
         first, end = entry["data_offsets"]
         numbers = torch.frombuffer(raw[start + first : start + end], dtype=torch.float32)
         tensors[name] = numbers.reshape(entry["shape"])

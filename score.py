@@ -182,13 +182,14 @@ def normalised(
 import contextlib
 import json
 import shlex
+import time
 
 from tqdm import tqdm
 
 import evaluate
 from lora import merge_lora
 
-SAVE_EVERY = 100  # clips: how often embeddings are saved while they come
+SAVE_EVERY = 60  # seconds: how often embeddings are saved while they come
 
 
 def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
@@ -247,17 +248,20 @@ def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, a
     sounds = {key: kept[key][2] if key in kept else sound_of(clip) for clip, key in keys.items()}
     say_what_is_unlike(machine, {clip: sounds[key] for clip, key in keys.items()})
     new = {key: clip for clip, key in keys.items() if key not in kept}
-    training.save(file, kept)  # a folder that cannot be written to is noticed now
-    windows = embed(model, list(new.values()), args.batch_size, args.workers)
-    by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
-    try:
-        for ((_, starts), rows), key in zip(by_clip, new):
-            e = torch.from_numpy(np.stack([row for _, row in rows]))
-            kept[key] = (e, starts, sounds[key])
-            if len(kept) % SAVE_EVERY == 0:
-                training.save(file, kept)
-    finally:
-        training.save(file, {key: kept[key] for key in keys.values() if key in kept})
+    if new:
+        training.save(file, kept)  # a folder that cannot be written to is noticed now
+        windows = embed(model, list(new.values()), args.batch_size, args.workers)
+        by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
+        saved = time.monotonic()
+        try:
+            for ((_, starts), rows), key in zip(by_clip, new):
+                e = torch.from_numpy(np.stack([row for _, row in rows]))
+                kept[key] = (e, starts, sounds[key])
+                if time.monotonic() - saved > SAVE_EVERY:
+                    training.save(file, kept)
+                    saved = time.monotonic()
+        finally:
+            training.save(file, {key: kept[key] for key in keys.values() if key in kept})
     return {clip: kept[key] for clip, key in keys.items()}
 
 
@@ -344,10 +348,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
-    what = "processes that read WAV files (%(default)s; 4 with a GPU)"
-    add("--workers", type=int, default=4 if gpu else 0, metavar="N", help=what)
+    training.add_hardware(add)
     add("--batch-size", type=training.positive, default=32, help="windows at once (%(default)s)")
     add("--plot", action="store_true", help="draw <machine>.png; needs matplotlib")
     return parser
@@ -367,7 +368,7 @@ def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder,
     model, trained = training.load_run(args.run, args.weights)
     args.data = args.data or trained.data
     if not set(machines) <= set(data.machine_names(trained.machine)):
-        raise ValueError(f"{args.run} was trained on {' '.join(trained.machine)}")
+        raise ValueError(f"{args.run} was trained on no other than {' '.join(trained.machine)}")
     merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
     digest = data.file_digest(args.run / "adapter.pt")
     return model.to(args.device), f"adapter-{trained.precision} {digest}"

@@ -208,10 +208,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--data", default="data", metavar="DIR", help="holds <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
-    gpu = torch.cuda.is_available()
-    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
-    what = "processes that read WAV files (%(default)s; 4 with a GPU)"
-    add("--workers", type=int, default=4 if gpu else 0, metavar="N", help=what)
+    add_hardware(add)
     add("--micro-batch", type=positive, help="clips in the network at once (all of a batch)")
     add("--compile", action="store_true", help="torch.compile the model")
 
@@ -349,6 +346,14 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise ValueError
     return int(text)
+
+
+def add_hardware(add) -> None:
+    """The arguments that train.py and score.py have in common."""
+    gpu = torch.cuda.is_available()
+    add("--device", default="cuda" if gpu else "cpu", help="cpu, cuda, cuda:1 (%(default)s)")
+    what = "processes that read WAV files (%(default)s; 4 with a GPU)"
+    add("--workers", type=int, default=4 if gpu else 0, metavar="N", help=what)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -68,7 +68,7 @@ def fan(small):
 
 
 def lively_ast() -> backbone.AST:
-    """Its tokens differ and attend: at a ViT's initial 0.02 gradients are all but noise."""
+    """Its tokens differ and attend, so that gradients are more than noise."""
     torch.manual_seed(1)
     ast = backbone.AST(dim=64, depth=2, heads=1)
     for name, parameter in ast.named_parameters():

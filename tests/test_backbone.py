@@ -160,12 +160,12 @@ def test_another_model_is_refused_in_one_line(ast, tmp_path, name, tensor, messa
 
 
 def test_what_is_no_weight_file_is_refused(ast, tmp_path):
-    """Empty, a web page, cut somewhere."""
+    """Empty, a web page, cut somewhere, of another precision."""
     path = tmp_path / "ast.safetensors"
     write_ast(path, ast)
     whole = path.read_bytes()
     cut = [whole[: int(share * len(whole))] for share in (0.001, 0.1, 0.5, 0.999)]
-    for content in (b"", b"<!doctype html>", *cut):
+    for content in (b"", b"<!doctype html>", *cut, whole.replace(b'"F32"', b'"F64"')):
         path.write_bytes(content)
         with pytest.raises(ValueError, match=r"ast\.safetensors is not an AST"):
             load_ast(path)
