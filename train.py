@@ -192,15 +192,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """The settings, and in brackets who chose their defaults.
-
-    [abstract]    that of the paper, arXiv 2409.07016
-    [reported]    other authors say that it is the paper's
-    [same lab]    a later report of the paper's first author
-    [AST's own]   as the AST's authors trained it
-    [ASDKit]      TakuyaFujimura/dcase-asd-toolkit
-    [our choice]  without a source
-    """
+    """The settings, and in brackets who chose their defaults: README.md says who that is."""
     about = "Train one model for all machines named. (Default) [who chose it: see README]."
     parser = argparse.ArgumentParser(description=about)
     add = parser.add_argument_group("what, where and how").add_argument
@@ -209,7 +201,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
     add_hardware(add)
-    add("--micro-batch", type=positive, help="clips in the network at once (all of a batch)")
+    add("--micro-batch", type=int, help="clips in the network at once (all of a batch)")
     add("--compile", action="store_true", help="torch.compile the model")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -224,7 +216,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("head").add_argument
     what = "attentive statistics or mean of the patches, or class tokens (%(default)s) [same lab]"
     add("--pooling", default="asp", choices=["asp", "mean", "cls"], help=what)
-    add("--embedding", type=positive, default=256, help="size (%(default)s) [ASDKit]")
+    add("--embedding", type=int, default=256, help="size (%(default)s) [ASDKit]")
 
     add = parser.add_argument_group("ArcFace").add_argument
     add("--scale", type=float, default=30.0, help="s (%(default)s) [same lab]")
@@ -239,8 +231,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ast-lr", type=float, default=1e-5, help="of AST, full tuning (%(default)s) [AST's own]")
     add("--warmup", type=int, default=360, help="steps, <= a tenth of all (%(default)s) [same lab]")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s) [our choice]")
-    add("--epochs", type=positive, default=25, help="passes over all clips (%(default)s) [ASDKit]")
-    add("--batch-size", type=positive, default=32, help="clips in a step (%(default)s) [same lab]")
+    add("--epochs", type=int, default=25, help="passes over all clips (%(default)s) [ASDKit]")
+    add("--batch-size", type=int, default=32, help="clips in a step (%(default)s) [same lab]")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s) [our choice]")
     return parser
 
@@ -339,13 +331,6 @@ def load_run(run: str | Path, weights: str | None = None) -> tuple[Embedder, arg
     model = make_model(args)
     load_trained_state(model, load(run / "adapter.pt"))
     return model, args
-
-
-def positive(text: str) -> int:
-    """An argument's type: argparse refuses 0 and less as an "invalid positive value"."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
 
 
 def add_hardware(add) -> None:
