@@ -116,7 +116,7 @@ class AST(nn.Module):
 class AttentiveStatisticsPooling(nn.Module):
     """Weighted mean and standard deviation over the patches h, (B, N, D) -> (B, 2 D).
 
-        a = softmax over the tokens of  W₂ tanh(W₁ [h, mean(h), std(h)])
+        a = softmax(W₂ tanh(W₁ [h, mean(h), std(h)]))        over the tokens
         out = [Σ a h,  √Σ a (h - Σ a h)²]
 
     The weights a differ from token to token and from dimension to dimension. W₁ has a bias. W₂ has
@@ -138,19 +138,19 @@ class AttentiveStatisticsPooling(nn.Module):
         a = self.W2(torch.tanh(self.W1_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
 
         mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
-        variance = (a * (h - mean).square()).sum(dim=1)  # (B, D)
+        variance = (a * (h - mean).square()).sum(dim=1, keepdim=True)
         std = variance.clamp(min=1e-6).sqrt()  # √ is infinitely steep at 0
-        return torch.cat([mean.squeeze(1), std], dim=1)
+        return torch.cat([mean, std], dim=2).squeeze(1)  # (B, 2 D)
 
 
 class Embedder(nn.Module):
-    """AST and head, which is a pooling and a linear layer: x (B, 1024, 128) -> (B, embedding), of
-    unit length.
+    """AST and head: x (B, 1024, 128) -> (B, embedding), of unit length. The head is a pooling and a
+    linear layer.
 
     pooling    "cls"   mean of the class tokens, as AST was trained
                "mean"  mean of the patches, as in comparisons of untouched models (arXiv 2603.04605)
                "asp"   attentive statistics of the patches
-    embedding  dimensions of the result; None: no linear layer (for the untouched AST), dim of them
+    embedding  dimensions of the result; None: no linear layer, for the untouched AST
     """
 
     def __init__(self, ast: AST, pooling: str, embedding: int | None):

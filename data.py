@@ -50,7 +50,7 @@ MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's ow
 
 
 class Clip(NamedTuple):
-    """A WAV file and what its name tells; None and '' where it tells nothing."""
+    """A WAV file and what its name tells. What it does not tell is None, attributes ''."""
 
     path: Path
     machine: str
@@ -127,7 +127,8 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
     x = fbank(
         window[None],
         sample_frequency=SAMPLE_RATE,
-        frame_shift=10,  # ms
+        frame_length=25,  # ms
+        frame_shift=10,
         num_mel_bins=N_MELS,
         window_type="hanning",
         htk_compat=True,
@@ -256,8 +257,8 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 
 # What the commands share
 
-# What args.json holds and no result depends on: it does on the kind of device, see `precision`,
-# and on micro_batch only with --dropout.
+# What args.json holds and no result depends on, except with --dropout on micro_batch. The kind of
+# device does count, as `precision`.
 CIRCUMSTANCES = "run data weights workers device compile micro_batch versions hardware args".split()
 
 

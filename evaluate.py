@@ -14,8 +14,8 @@ and no part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator,
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± deviation
 
-Reads no audio. Labels come from the clips' names; if one of a machine's does not tell, all come
-from <data>/<machine>/labels.csv and domains.csv.
+Reads no audio. Labels come from the clips' names; if one name of a machine does not tell, all its
+labels come from <data>/<machine>/labels.csv and domains.csv.
 """
 
 import math

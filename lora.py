@@ -74,7 +74,9 @@ def add_lora(
     blocks, or what LoRALinear refuses.
     """
     depth, found = len(model.blocks), set()
-    for index in range(depth) if layers is None else layers:
+    if layers is None:
+        layers = range(depth)
+    for index in layers:
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
         for parent in list(model.blocks[index].modules()):  # a list: the tree changes on the way

@@ -1,12 +1,12 @@
 """Score: how far is a test clip from the nearest normal training clip of its machine?
 
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
-    score(x) = mean of the k smallest d(x, y) over all y in the bank; k is 1 if not told otherwise
+    score(x) = mean of the k smallest d(x, y) over all y in the bank; k is 1 by default
 
 The bank holds all windows of the machine's training clips (equal files count once). A clip of 10 s
 is one window, one above 10.255 s has several. Each is scored by itself; the clip has the score of
-its most anomalous window. It is called anomalous if its score is above the 90th percentile of the
-training clips' scores. A training clip is scored against the other training clips only.
+its most anomalous window. A clip is called anomalous if its score is above the 90th percentile of
+the training clips' scores. A training clip is scored against the other training clips only.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the untouched AST, no training
@@ -15,7 +15,7 @@ writes the challenge's CSV files into the run folder, and report_fan.csv for peo
 """
 
 import argparse
-from itertools import groupby
+from itertools import groupby, islice
 from operator import itemgetter
 from pathlib import Path
 
@@ -29,25 +29,27 @@ from backbone import Embedder, load_ast
 from data import Clip
 
 
+def all_windows(clips: list[Clip], workers: int, device: torch.device):
+    """Yields (index of the clip, start in samples, spectrogram (1024, 128)) for each window."""
+    loader = training.make_loader(data.AllWindows(clips), workers, device, batch_size=None)
+    for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), all of one clip
+        for start, window in zip(starts, x):
+            yield index, start, window
+
+
 @torch.inference_mode()
 def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
     """Embed all windows of all clips, in their order and in float32 on every device.
 
-    Yields ((index of the clip, starts of all its windows), embedding (D,) of unit length) for each
-    window.
+    Yields (index of the clip, start in samples, embedding (D,) of unit length) for each window.
     """
     model.eval()
     device = model.ast.pos_embed.device
-    torch.backends.cudnn.allow_tf32 = False  # it has 10 of a float32's 23 mantissa bits
-    loader = training.make_loader(data.AllWindows(clips), workers, device, batch_size=None)
-    waiting = []  # windows that wait until there is a batch of them
-    for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), of one clip
-        waiting += [((index, starts), window) for window in x]
-        is_last = index == len(clips) - 1
-        while len(waiting) >= batch_size or (is_last and waiting):
-            of_clip, batch = zip(*waiting[:batch_size])
-            waiting = waiting[batch_size:]
-            yield from zip(of_clip, model(torch.stack(batch).to(device)).cpu().numpy())
+    torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 of a float32's 23 mantissa bits
+    windows = all_windows(clips, workers, device)
+    while batch := list(islice(windows, batch_size)):  # full, whatever the clips' lengths
+        index, start, x = zip(*batch)
+        yield from zip(index, start, model(torch.stack(x).to(device)).cpu().numpy())
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -70,19 +72,19 @@ def nearest(d: np.ndarray, k: int) -> np.ndarray:
 def anomaly_scores(
     test: np.ndarray,
     train: np.ndarray,
-    clip_id: np.ndarray,
+    train_id: np.ndarray,
     domain: np.ndarray,
     k: int,
     normalize: str,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of one machine's test windows (m,) and training windows (n,).
 
-    test (m, D) and train (n, D) are embeddings; clip_id (n,) and domain (n,) tell which clip a
+    test (m, D) and train (n, D) are embeddings; train_id (n,) and domain (n,) tell which clip a
     training window is from, and that clip's domain: "source", "target", or None if it is not known.
     ValueError: too few clips for what is asked, or see normalised.
     """
     d_test, d_train = distances(test, train), distances(train, train)  # (m, n), (n, n)
-    d_train[clip_id[:, None] == clip_id] = np.inf  # no training clip is its own neighbour
+    d_train[train_id[:, None] == train_id] = np.inf  # no training clip is its own neighbour
     if normalize == "none":
         return nearest(d_test, k), nearest(d_train, k)
     return normalised(d_test, d_train, domain, k, normalize)
@@ -149,8 +151,8 @@ def normalised(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the test windows (m,) and of the training windows (n,) under --normalize.
 
-    Distances differ between the many source and the few target clips, and in sparse regions even
-    a normal sound is far from the next. Two ways to make them comparable:
+    Among the many source clips distances are smaller than among the few target clips, and in sparse
+    regions even a normal sound is far from the next. Two ways to make them comparable:
 
     density  d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its nearest neighbours from
              other clips (Wilkinghoff et al. 2025, arXiv 2509.10951)
@@ -255,9 +257,9 @@ def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, a
         by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
         saved = time.monotonic()
         try:
-            for ((_, starts), rows), key in zip(by_clip, new):
-                e = torch.from_numpy(np.stack([row for _, row in rows]))
-                kept[key] = (e, starts, sounds[key])
+            for (_, of_clip), key in zip(by_clip, new):
+                _, starts, e = zip(*of_clip)
+                kept[key] = (torch.from_numpy(np.stack(e)), list(starts), sounds[key])
                 if time.monotonic() - saved > SAVE_EVERY:
                     training.save(file, kept)
                     saved = time.monotonic()

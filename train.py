@@ -2,11 +2,12 @@
 
 Every training clip is normal. What is learned is to tell machines and their attributes apart: the
 class of a clip is its machine with its attributes. To do so, the embedding must keep the details in
-which normal sounds differ. A sound that is none of them should lie far from all (score.py).
-For a clip of class y, with the embedding e and a centre w_j for each class, all of unit length,
+which normal sounds differ. A sound that is like none of them should lie far from all (score.py).
+The loss is ArcFace. For a clip of class y, with its embedding e and a centre w_j of each class, all
+of unit length,
 
     cos θ_j = e · w_j
-    loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])            ArcFace
+    loss = -log softmax_y(s · [cos θ_1, ..., cos(θ_y + m), ..., cos θ_C])
 
 By default the LoRA matrices, the head and the class centres are trained; the pre-trained weights
 of the AST stay as they are. There is no validation set: choosing an epoch would need anomalies.
@@ -52,8 +53,8 @@ class ArcFace(nn.Module):
     def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
         cos = F.linear(embedding, F.normalize(self.centres))  # cos θ to each centre, (B, classes)
         cos_y = cos.gather(1, labels[:, None])  # (B, 1)
-        # sin θ = √(1 - cos² θ): 1 - cos² loses digits near ±1, the product does not. The clamp,
-        # because the slope of √ is infinite at 0.
+        # sin θ = √(1 - cos² θ): 1 - cos² loses digits near ±1, the product does not. The clamp
+        # keeps the gradient finite: at 0 the slope of √ is infinite.
         sin_y = ((1 - cos_y) * (1 + cos_y)).clamp(min=1e-12).sqrt()
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
 
@@ -65,8 +66,8 @@ class ArcFace(nn.Module):
 
 
 def make_model(args: argparse.Namespace) -> Embedder:
-    """The pre-trained AST and a new head. What requires a gradient is trained: the head, with
-    --tuning lora also the adapters, with full the whole AST, with frozen nothing else.
+    """The pre-trained AST and a new head. What requires a gradient is trained: always the head,
+    with --tuning lora also the adapters, with --tuning full also the whole AST.
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
@@ -80,7 +81,8 @@ def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace):
     head = [p for name, p in model.named_parameters() if not name.startswith("ast.")]
     groups = [{"params": [*head, *arcface.parameters()], "lr": args.lr}]
     if in_ast := [p for p in model.ast.parameters() if p.requires_grad]:
-        groups.append({"params": in_ast, "lr": args.ast_lr if args.tuning == "full" else args.lr})
+        ast_lr = args.ast_lr if args.tuning == "full" else args.lr
+        groups.append({"params": in_ast, "lr": ast_lr})
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
@@ -89,8 +91,8 @@ def train_step(
 ) -> float:
     """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,) -> the mean loss.
 
-    micro_batch of them go through the network at once (None: all). That changes the result only by
-    rounding and, with --dropout, by its draws.
+    With a micro_batch only so many clips are in the network at once, which takes less memory. That
+    changes the result only by rounding and, with --dropout, by its draws.
     ValueError: the loss is not finite; no step is taken then.
     """
     size = micro_batch or len(x)
@@ -114,7 +116,7 @@ def train_step(
 def shuffled_batches(clips: list, labels: list[int], args: argparse.Namespace):
     """Yields every clip once, in random order, a random window of each: x (B, 1024, 128), y (B,).
 
-    Order and windows are drawn here, so that a run does not depend on the number of workers.
+    Both are drawn here, so that a run does not depend on the number of processes that read.
     """
     windows = data.RandomWindows(clips, labels, u=torch.rand(len(clips)))
     order = torch.randperm(len(clips)).tolist()
@@ -155,8 +157,8 @@ def train(args: argparse.Namespace) -> None:
     trainable, total = count_parameters(model)
     print(f"{trainable:,} of the model's {total:,} parameters are trained, in {n_steps:,} steps")
 
-    # A run that was interrupted continues after its last whole epoch. The model is not among the
-    # parts: only its trained weights are saved.
+    # A run that was interrupted continues after its last whole epoch. Of the model, which is not
+    # among the parts, only the trained weights are saved.
     run = Path(args.run)
     parts = {"arcface": arcface, "optimizer": optimizer, "schedule": schedule}
     log = []  # a row for each finished epoch, so that its length says where to continue
@@ -247,7 +249,7 @@ from torch.utils.data import DataLoader, Dataset
 
 
 def make_loader(dataset: Dataset, workers: int, device: torch.device, **options):
-    """PyTorch's loader. Each of its processes has one batch in waiting, 32 x 0.52 MB."""
+    """PyTorch's loader. Each process has one batch in waiting (in training 32 x 0.52 MB)."""
     return DataLoader(
         dataset,
         num_workers=workers,

@@ -150,7 +150,7 @@ def write_hums(root: Path, **counts: int) -> None:
 
 def embed_all(model, clips: list[data.Clip], batch_size: int = 4) -> np.ndarray:
     """The embeddings (m, D) of all windows of the clips."""
-    return np.stack([row for _, row in score.embed(model, clips, batch_size, 0)])
+    return np.stack([e for _, _, e in score.embed(model, clips, batch_size, 0)])
 
 
 def rows_of(path: str | Path) -> list[list[str]]:

@@ -21,13 +21,7 @@ from conftest import (
 from torch import nn
 
 import backbone
-from backbone import (
-    AST,
-    AttentiveStatisticsPooling,
-    Block,
-    Embedder,
-    load_ast,
-)
+from backbone import AST, AttentiveStatisticsPooling, Block, Embedder, load_ast
 from lora import add_lora, count_parameters
 
 

@@ -8,12 +8,7 @@ from conftest import assert_equal_within
 from torch import nn
 
 from backbone import AST
-from lora import (
-    LoRALinear,
-    add_lora,
-    load_trained_state,
-    trained_state,
-)
+from lora import LoRALinear, add_lora, load_trained_state, trained_state
 
 
 def adapted_layer(rank=4, alpha=6.0, dropout=0.0, bias=True) -> LoRALinear:
