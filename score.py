@@ -60,10 +60,10 @@ def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """Mean of the k smallest distances in each row: (m, n) -> (m,).
 
-    ValueError: a row has fewer than k that are finite, or k is below 1.
+    ValueError: a row has fewer than k that are finite.
     """
     found = np.isfinite(d).sum(axis=1).min()
-    if not 1 <= k <= found:
+    if k > found:
         why = "too few training clips, or training has diverged"
         raise ValueError(f"the {k} nearest of {found} distances to other clips: {why}")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
@@ -346,13 +346,13 @@ def make_parser() -> argparse.ArgumentParser:
     add("--pretrained", action="store_true", help="the AST as it is: no training")
     what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
     add("--pooling", choices=["cls", "mean"], help=what)
-    add("--k", type=int, default=1, help="neighbours (%(default)s) [same lab]")
+    add("--k", type=training.positive, default=1, help="neighbours (%(default)s) [same lab]")
     what = "by density, or by the test scores: transductive (%(default)s) [same lab]"
     add("--normalize", default="none", choices=["none", "density", "test"], help=what)
     what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
     add("--percentile", type=float, default=90.0, metavar="P", help=what)
     training.add_hardware(add)
-    add("--batch-size", type=int, default=32, help="windows at once (%(default)s)")
+    add("--batch-size", type=training.positive, default=32, help="windows at once (%(default)s)")
     add("--plot", action="store_true", help="draw <machine>.png; needs matplotlib")
     return parser
 

@@ -203,7 +203,7 @@ def make_parser() -> argparse.ArgumentParser:
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="of the AST (%(default)s)")
     add("--run", metavar="DIR", help="the run folder (runs/<names joined by +>)")
     add_hardware(add)
-    add("--micro-batch", type=int, help="clips in the network at once (all of a batch)")
+    add("--micro-batch", type=positive, help="clips in the network at once (all of a batch)")
     add("--compile", action="store_true", help="torch.compile the model")
 
     add = parser.add_argument_group("LoRA").add_argument
@@ -218,7 +218,7 @@ def make_parser() -> argparse.ArgumentParser:
     add = parser.add_argument_group("head").add_argument
     what = "attentive statistics or mean of the patches, or class tokens (%(default)s) [same lab]"
     add("--pooling", default="asp", choices=["asp", "mean", "cls"], help=what)
-    add("--embedding", type=int, default=256, help="size (%(default)s) [ASDKit]")
+    add("--embedding", type=positive, default=256, help="size (%(default)s) [ASDKit]")
 
     add = parser.add_argument_group("ArcFace").add_argument
     add("--scale", type=float, default=30.0, help="s (%(default)s) [same lab]")
@@ -233,8 +233,8 @@ def make_parser() -> argparse.ArgumentParser:
     add("--ast-lr", type=float, default=1e-5, help="of AST, full tuning (%(default)s) [AST's own]")
     add("--warmup", type=int, default=360, help="steps, <= a tenth of all (%(default)s) [same lab]")
     add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s) [our choice]")
-    add("--epochs", type=int, default=25, help="passes over all clips (%(default)s) [ASDKit]")
-    add("--batch-size", type=int, default=32, help="clips in a step (%(default)s) [same lab]")
+    add("--epochs", type=positive, default=25, help="passes over all clips (%(default)s) [ASDKit]")
+    add("--batch-size", type=positive, default=32, help="clips in a step (%(default)s) [same lab]")
     add("--seed", type=int, default=0, help="of all that is random (%(default)s) [our choice]")
     return parser
 
@@ -333,6 +333,13 @@ def load_run(run: str | Path, weights: str | None = None) -> tuple[Embedder, arg
     model = make_model(args)
     load_trained_state(model, load(run / "adapter.pt"))
     return model, args
+
+
+def positive(text: str) -> int:
+    """An argument's type: argparse refuses 0 and less as an "invalid positive value"."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
 
 
 def add_hardware(add) -> None:

@@ -205,6 +205,7 @@ WRONG = [
     ("train.py", ["--machine", "bearing"], None, "at data/bearing.part/dev_bearing.zip"),
     ("score.py", FAN, None, "runs/fan is no finished run of train.py"),
     ("score.py", [*PUMP, "--pretrained"], web_page_for_a_clip, "b.wav is no WAV file"),
+    ("train.py", [*FAN, "--epochs", "0"], None, "argument --epochs: invalid positive value: '0'"),
     ("evaluate.py", FAN[:2], None, "runs/fan has no scores of fan: run score.py, or set --run"),
     ("data.py", ["--machine", "fna"], None, "no WAV file in data/fna/train"),
 ]  # fmt: skip

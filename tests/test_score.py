@@ -66,9 +66,8 @@ def test_the_k_nearest_are_averaged():
     many = np.random.default_rng(0).random((50, 2000))
     for k in (1, 2, 3):
         assert nearest(many, k) == pytest.approx(np.sort(many)[:, :k].mean(axis=1))
-    for wrong in (0, 4):
-        with pytest.raises(ValueError, match=f"the {wrong} nearest of 3 distances to other clips"):
-            nearest(found, wrong)
+    with pytest.raises(ValueError, match="the 4 nearest of 3 distances to other clips"):
+        nearest(found, 4)
 
 
 def test_a_clips_score_is_that_of_its_most_anomalous_window():
