@@ -151,8 +151,8 @@ def normalised(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of the test windows (m,) and of the training windows (n,) under --normalize.
 
-    Among the many source clips distances are smaller than among the few target clips, and in sparse
-    regions even a normal sound is far from the next. Two ways to make them comparable:
+    Distances tend to be smaller among the many source clips than among the few target clips, and in
+    sparse regions even a normal sound is far from the next. Two ways to make them comparable:
 
     density  d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its nearest neighbours from
              other clips (Wilkinghoff et al. 2025, arXiv 2509.10951)

@@ -91,7 +91,7 @@ def train_step(
 ) -> float:
     """One optimizer step on spectrograms x (B, 1024, 128) of the classes y (B,) -> the mean loss.
 
-    With a micro_batch only so many clips are in the network at once, which takes less memory. That
+    Only micro_batch clips are in the network at once (None: all), which takes less memory. That
     changes the result only by rounding and, with --dropout, by its draws.
     ValueError: the loss is not finite; no step is taken then.
     """

@@ -195,6 +195,7 @@ WRONG = [
     ("train.py", [], None, "the following arguments are required: --machine"),
     ("train.py", [*FAN, "--layers", "99"], None, "layer 99 does not exist: there are layers 0-1"),
     ("train.py", [*FAN, "--device", "cdua"], None, "Expected one of cpu, cuda, "),
+    ("train.py", [*FAN, "--bach-size", "4"], None, "unrecognized arguments: --bach-size 4"),
     ("train.py", [*FAN, "--tuning", "loar"], None, "argument --tuning: invalid choice: 'loar'"),
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder, "Not a directory: 'runs/x'"),
     ("train.py", PUMP, None, "no WAV file in data/pump/train"),
