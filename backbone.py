@@ -14,10 +14,15 @@ The tokens then become one vector, the embedding, from which the score is comput
 
     embedding = linear(pool(tokens)) / ‖linear(pool(tokens))‖
 
-data.py makes x, lora.py adapts the linear layers, train.py trains.
+data.py makes x, lora.py adapts the linear layers, and train.py trains.
 
-    python backbone.py        # fetches the public weights and says what they are
+    python backbone.py        # downloads the public weights and describes them
 """
+
+import argparse
+import json
+import os
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -84,12 +89,13 @@ class AST(nn.Module):
     """The untrained Transformer; `load_ast` gives the trained one.
 
     forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim): two class tokens, then the
-    patches, all after the final norm. ValueError: another input shape.
+    patches, all after the final norm. Raises ValueError for any other input shape.
     Source: github.com/YuanGongND/ast, 31088be.
     """
 
     def __init__(self, dim: int = 768, depth: int = 12, heads: int = 12):
         super().__init__()
+        self.dim = dim
         across_mel = (N_MELS - PATCH) // STRIDE + 1  # 12 patches
         across_time = (N_FRAMES - PATCH) // STRIDE + 1  # 101 patches
         self.patch_embed = nn.Conv2d(1, dim, kernel_size=PATCH, stride=STRIDE)
@@ -113,81 +119,98 @@ class AST(nn.Module):
         return self.norm(z)
 
 
+# Poolings: tokens (B, 1214, D), of which the first two are class tokens, -> (B, out_dim)
+
+
+class ClassTokenMean(nn.Module):
+    """Mean of the two class tokens, which is what AST was trained with."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.out_dim = dim
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, :2].mean(dim=1)
+
+
+class PatchMean(nn.Module):
+    """Mean of the patches, as in comparisons of pre-trained models (arXiv 2603.04605)."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.out_dim = dim
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return tokens[:, 2:].mean(dim=1)
+
+
 class AttentiveStatisticsPooling(nn.Module):
     """Weighted mean and standard deviation over the patches h, (B, N, D) -> (B, 2 D).
 
-        a = softmax(W₂ tanh(W₁ [h, mean(h), std(h)]))        over the tokens
+        a = softmax(W₂ tanh(W₁ [h, mean(h), std(h)]))        over the patches
         out = [Σ a h,  √Σ a (h - Σ a h)²]
 
-    The weights a differ from token to token and from dimension to dimension. W₁ has a bias. W₂ has
-    none: it would be the same for all tokens, so the softmax would cancel it.
+    The weights a differ from patch to patch and from dimension to dimension. W₁ has a bias. W₂ has
+    none: it would be the same for all patches, so the softmax would cancel it.
     Source: ECAPA-TDNN (Desplanques et al. 2020, arXiv 2005.07143), equations 1 to 4 with the global
     context of their section 3.1, without its batch normalisation.
     """
 
     def __init__(self, dim: int, hidden: int = 128):
         super().__init__()
-        # W₁ in two parts: [mean(h), std(h)] is the same for all tokens, so its part is done once.
+        self.out_dim = 2 * dim
+        # W₁ in two parts: [mean(h), std(h)] is the same for all patches, so its part is done once.
         self.W1_token = nn.Linear(dim, hidden)
         self.W1_context = nn.Linear(2 * dim, hidden, bias=False)
         self.W2 = nn.Linear(hidden, dim, bias=False)
 
-    def forward(self, h: Tensor) -> Tensor:
+    def forward(self, tokens: Tensor) -> Tensor:
+        h = tokens[:, 2:]  # (B, 1212, D)
         plain_std, plain_mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D)
         context = self.W1_context(torch.cat([plain_mean, plain_std], dim=2))  # (B, 1, hidden)
         a = self.W2(torch.tanh(self.W1_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
 
         mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
         variance = (a * (h - mean).square()).sum(dim=1, keepdim=True)
-        std = variance.clamp(min=1e-6).sqrt()  # √ is infinitely steep at 0
+        std = variance.clamp(min=1e-6).sqrt()  # the slope of √ is infinite at 0
         return torch.cat([mean, std], dim=2).squeeze(1)  # (B, 2 D)
 
 
-class Embedder(nn.Module):
-    """AST and head: x (B, 1024, 128) -> (B, embedding), of unit length. The head is a pooling and a
-    linear layer.
+POOLINGS = {"cls": ClassTokenMean, "mean": PatchMean, "asp": AttentiveStatisticsPooling}
 
-    pooling    "cls"   mean of the class tokens, as AST was trained
-               "mean"  mean of the patches, as in comparisons of untouched models (arXiv 2603.04605)
-               "asp"   attentive statistics of the patches
-    embedding  dimensions of the result; None: no linear layer, for the untouched AST
+
+class Embedder(nn.Module):
+    """AST and a head, which is a pooling and a linear layer. x (B, 1024, 128) -> (B, embedding), of
+    unit length.
+
+    pooling    a name in POOLINGS
+    embedding  dimensions of the result; None leaves out the linear layer
     """
 
     def __init__(self, ast: AST, pooling: str, embedding: int | None):
         super().__init__()
         self.ast = ast
-        self.pooling = pooling
-        dim = ast.norm.weight.numel()
-        self.asp = AttentiveStatisticsPooling(dim) if pooling == "asp" else None
-        pooled_dim = 2 * dim if pooling == "asp" else dim
-        self.linear = nn.Identity() if embedding is None else nn.Linear(pooled_dim, embedding)
+        self.pool = POOLINGS[pooling](ast.dim)
+        if embedding is None:
+            self.linear = nn.Identity()
+        else:
+            self.linear = nn.Linear(self.pool.out_dim, embedding)
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.ast(x)
-        if self.pooling == "cls":
-            pooled = tokens[:, :2].mean(dim=1)
-        elif self.pooling == "mean":
-            pooled = tokens[:, 2:].mean(dim=1)
-        else:
-            pooled = self.asp(tokens[:, 2:])
+        pooled = self.pool(self.ast(x))
         return F.normalize(self.linear(pooled).float())
 
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-import argparse
-import json
-from pathlib import Path
-
-# Loading public weights
-
 HEAD_DIM = 64  # in every AST and DeiT size
 WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
-HUB = "https://huggingface.co/MIT/ast-finetuned-audioset-10-10-0.4593/resolve"
-WEIGHTS_URL = f"{HUB}/f826b80d28226b62986cc218e5cec390b1096902/model.safetensors"
+HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
+REVISION = "f826b80d28226b62986cc218e5cec390b1096902"
+WEIGHTS_URL = f"{HUB}/MIT/ast-finetuned-audioset-10-10-0.4593/resolve/{REVISION}/model.safetensors"
 WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
 
-# The names in the file, and ours. From top to bottom: some contain others.
+# The names in the file, and ours. The order counts, since some names contain others.
 RENAMES = {
     "audio_spectrogram_transformer.": "",
     "embeddings.cls_token": "cls_token",
@@ -208,26 +231,29 @@ RENAMES = {
 
 
 def load_ast(path: str | Path) -> AST:
-    """The AST in a safetensors file with the names of the Hugging Face hub, of any DeiT size.
+    """Load the AST of a safetensors file in the format of the Hugging Face hub, of any DeiT size.
 
-    The AudioSet classifier is dropped; all other names and shapes must be those of an AST.
-    ValueError, naming the file: another file, a truncated one, another model.
+    The AudioSet classifier is dropped; all other names and shapes must be those of an AST. Raises
+    ValueError, with the file's name, for any other file.
     """
     try:
         state = {}
         for name, tensor in read_safetensors(path).items():
-            if not name.startswith("classifier."):
-                for theirs, ours in RENAMES.items():
-                    name = name.replace(theirs, ours)
-                state[name] = tensor
+            if name.startswith("classifier."):
+                continue
+            for theirs, ours in RENAMES.items():
+                name = name.replace(theirs, ours)
+            state[name] = tensor
         dim = state["norm.weight"].numel()
         depth = sum(name.endswith("norm1.weight") for name in state)
-        with torch.random.fork_rng(devices=[]):  # to draw nothing from the caller's generator
+        with torch.device("meta"):  # no memory and no random numbers: the weights are replaced
             ast = AST(dim, depth, dim // HEAD_DIM)
-        ast.load_state_dict(state)
+        ast.load_state_dict(state, assign=True)
     except (ValueError, KeyError, RuntimeError) as error:
-        what = f"{path} is not an AST in the hub's safetensors format (damaged?)"
-        raise ValueError(f"{what}: {' '.join(str(error).split())[:200]}") from error
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"{path} is not an AST in the hub's safetensors format, or is damaged: {reason}"
+        ) from error
     return ast
 
 
@@ -248,23 +274,23 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def fetch_weights(path: str | Path) -> None:
-    """Download the public AudioSet weights to WEIGHTS, if missing, and verify their SHA-256.
-    Another path is one's own file.
+    """Download and verify the public AudioSet weights, if `path` is WEIGHTS. Any other path is a
+    file of your own.
     """
     if Path(path) == Path(WEIGHTS):
         data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "Fetch the AST's public weights, check them, describe them."
+    about = "Download AST's public weights, verify and describe them."
     argparse.ArgumentParser(description=about).parse_args(argv)
     with data.one_line_errors():
         fetch_weights(WEIGHTS)
         ast = load_ast(WEIGHTS)
-    tokens, dim = ast.pos_embed.shape[1:]
-    size = sum(p.numel() for p in ast.parameters())
-    sizes = f"{len(ast.blocks)} blocks, {dim} dimensions, {tokens} tokens"
-    print(f"{WEIGHTS}: {sizes}, {size:,} parameters")
+        tokens = ast.pos_embed.shape[1]
+        size = sum(p.numel() for p in ast.parameters())
+        print(f"{WEIGHTS}: blocks {len(ast.blocks)}, dimensions {ast.dim}, tokens {tokens}")
+        print(f"parameters {size:,}")
 
 
 if __name__ == "__main__":

@@ -1,124 +1,181 @@
-"""From WAV files to what the network sees, and what the names of the files tell.
+"""From WAV files to the spectrograms that the network sees.
 
 In DCASE2023 Task 2 a clip is called, for example,
-fan/test/section_00_target_test_anomaly_0022_m-n_W.wav:
+fan/test/section_00_target_test_anomaly_0022_m-n_W.wav. From left to right:
 
-    machine     a type of machine, fan: a folder with the folders train and test
-    section     a subset of its clips; in 2023 each machine has one, 00
-    domain      source, the usual conditions, has 990 training clips of a machine; target, changed
-                conditions, has 10. Test clips come from both; scoring must not know which.
-    attributes  how it ran and was recorded, m-n_W: its speed, its load, the microphone, ...
+    machine     the type of machine, fan: a folder with the folders train and test
+    section     a subset of the machine's clips; in 2023 there is only section 00
+    domain      source, the usual recording conditions (990 training clips of a machine), or
+                target, changed conditions (10 training clips). Test clips come from both, and a
+                detector must not use a test clip's domain.
+    attributes  how the machine ran or was recorded, m-n_W: its speed, its load, the microphone
 
-All training clips are normal. The test clips of seven machines (dev) are called normal or anomaly;
-those of seven others (eval) are only numbered. How a clip reaches the network:
+All training clips are normal. The names of test clips say normal or anomaly for the seven machines
+of the development set (dev). Those of the seven machines of the evaluation set (eval) do not.
 
-    wave          (n_samples,)     mono, 16 kHz, in [-1, 1]
+A clip goes through these stages:
+
+    wave          (n_samples,)     mono, 16 kHz, values in [-1, 1]
     log-mel       (n_frames, 128)  X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])
-    spectrogram   (1024, 128)      (X + 4.268) / 9.138, X padded with zeros or one window of it
-    SpecAug       (1024, 128)      in training a random stripe of time and one of frequency are 0
+    spectrogram   (1024, 128)      (X + 4.268) / 9.138, where X is padded with zeros
+    SpecAug       (1024, 128)      in training, a random stripe of time and one of frequency are 0
 
-Frame t is the 25 ms from t · 10 ms on, without its mean, pre-emphasised and tapered. M holds
-triangular filters, evenly spaced on the mel scale; ε is 1.2e-7. A clip of more than 1024 frames
-(10.255 s) has several windows: training takes a random one in each epoch, scoring all it needs to
-cover the clip.
+Frame t is the 25 ms that start at t · 10 ms, with its mean removed, pre-emphasised and tapered. M
+holds triangular filters that are evenly spaced on the mel scale, and ε is 1.2e-7.
 
-    python data.py --machine fan        # fetches a machine of DCASE2023 Task 2
+One spectrogram shows a window of 10 s, as everything that AST was trained on. Of a longer clip,
+training takes a random window in each epoch, and scoring takes all the windows that cover it.
+
+    python data.py --machine fan        # downloads one machine of DCASE2023 Task 2
 """
 
+import argparse
+import contextlib
+import csv
+import hashlib
 import io
 import math
 import re
+import shutil
 import struct
+import sys
+import tempfile
+import urllib.request
 import warnings
+import zipfile
+from http.client import HTTPException
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from scipy.io import wavfile
+from scipy.signal import resample_poly
 from torch import Tensor
 from torch.nn.functional import pad
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, Sampler
 from torchaudio.compliance.kaldi import fbank
-from torchaudio.functional import resample
+from tqdm import tqdm
 
 SAMPLE_RATE = 16000
-FRAME, HOP = 400, 160  # samples: a frame of 25 ms every 10 ms
-N_FRAMES, N_MELS = 1024, 128  # what the AST takes
-WINDOW = FRAME + (N_FRAMES - 1) * HOP  # 164,080 samples, 10.255 s: exactly 1024 frames
+WINDOW = 160000  # samples: the 10 s that the network sees at once
+FRAME, HOP = 400, 160  # samples: a frame of 25 ms every 10 ms, so 998 frames in a window
+N_FRAMES, N_MELS = 1024, 128  # the size of AST's input
 MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's own training
 
 
 class Clip(NamedTuple):
-    """A WAV file and what its name tells. What it does not tell is None, attributes ''."""
+    """A WAV file and what its name says; None, or '' for attributes, where it does not say."""
 
     path: Path
     machine: str
     split: str  # "train" or "test"
     domain: str | None  # "source" or "target"
     is_anomaly: bool | None
-    attributes: str  # "m-n_W"; the classes of training are the pairs (machine, attributes)
+    attributes: str  # "m-n_W"
 
 
-CLIP_NAME = r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4}_?(.*)\.(?i:wav)"
+CLIP_NAME = (
+    r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4,}(?:_(.*))?\.(?i:wav)"
+)
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """Read <machine>/<split>/<name>. A name of another form, such as section_00_0000.wav of the
-    eval machines or that of your own recording, tells nothing.
+    """Read <machine>/<split>/<name>. A name of any other form, such as section_00_0000.wav of the
+    eval machines or a name of your own, says nothing.
     """
     path = Path(path)
-    match = re.fullmatch(CLIP_NAME, path.name)
-    domain, label, attributes = match.groups() if match else (None, None, "")
+    domain = label = attributes = None
+    if match := re.fullmatch(CLIP_NAME, path.name):
+        domain, label, attributes = match.groups()
     is_anomaly = {"normal": False, "anomaly": True}.get(label)
-    return Clip(path, path.parent.parent.name, path.parent.name, domain, is_anomaly, attributes)
+    machine, split = path.parent.parent.name, path.parent.name
+    return Clip(path, machine, split, domain, is_anomaly, attributes or "")
+
+
+def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
+    """The clips in root/machine/split, sorted by name. Hidden files are left out.
+
+    Raises FileNotFoundError if there are none, and ValueError for anomalies among training clips,
+    for several sections in one folder, and for a name that only nearly follows the challenge's
+    form: its attributes would be lost in silence.
+    """
+    folder = Path(root) / machine / split
+    paths = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() == ".wav"]
+    clips = [parse_clip(path) for path in paths]
+    if not clips:
+        raise FileNotFoundError(f"no WAV files in {folder}")
+    if split == "train" and any(clip.is_anomaly for clip in clips):
+        raise ValueError(f"{folder} has clips named anomaly, but training needs normal clips only")
+    for clip in clips:
+        if clip.domain is None and re.match(r"section_\d+_(source|target)_", clip.path.name):
+            example = f"section_00_source_{split}_normal_0001_speed-2.wav"
+            raise ValueError(f"{clip.path} is not named quite like {example}: rename it")
+    sections = {match[0] for path in paths if (match := re.match(r"section_\d\d(?=_)", path.name))}
+    if len(sections) > 1:
+        raise ValueError(f"{folder} has clips of {len(sections)} sections: make a folder for each")
+    return clips
 
 
 def read_wav(path: str | Path) -> Tensor:
-    """Any WAV file as mono 16 kHz in [-1, 1]: (n_samples,) float32. ValueError: see decode."""
-    return resample(*decode(path), SAMPLE_RATE)
+    """Read a WAV file of any rate as mono, 16 kHz, in [-1, 1]: (n_samples,) float32.
 
-
-def decode(path: str | Path) -> tuple[Tensor, int]:
-    """A WAV file at its own rate: mono, (n,) float32 in [-1, 1], and the rate in Hz.
-
-    The scale matters: with samples of int16 as they are, every log-mel value would be too large
-    by ln(32768²) = 20.8, and the results would still look plausible.
-    ValueError, naming file and reason: not a WAV file that scipy reads right, truncated, not
-    finite, of another scale, shorter than a frame.
+    Channels are averaged, as in the challenge's baseline. Raises ValueError, with the file and the
+    reason, for a file that is not WAV, is cut off, is shorter than a frame, has samples that are
+    not finite, or floating-point samples of another scale.
     """
+    content = Path(path).read_bytes()
+    if not content:
+        raise ValueError(f"{path} is empty")
     try:
-        content = Path(path).read_bytes()
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", wavfile.WavFileWarning)  # unknown chunks are fine
-            warnings.filterwarnings("error", "Reached EOF")  # but a truncated file is an error
+            warnings.filterwarnings("error", "Reached EOF")  # a file that is cut off is not
             rate, samples = wavfile.read(io.BytesIO(content))
-        seconds = len(samples) / rate
-        fmt = content.index(b"fmt ") + 8
-        channels, block_bytes, bits = struct.unpack_from("<2xH8xHH", content, fmt)
-        # Such as 24 bits in 4 bytes: scipy takes them for 32.
-        if content[:4] == b"RIFF" and 8 * block_bytes != channels * bits:
-            raise ValueError(f"{bits} bits a sample in {block_bytes // channels} bytes")
-    except Exception as error:  # scipy raises many kinds where a header is damaged
-        raise ValueError(f"{path} is no WAV file that can be read: {error}") from error
-
-    zero = 128 if samples.dtype.kind == "u" else 0  # samples of 8 bits are unsigned
-    full_scale = 1 if samples.dtype.kind == "f" else 2 ** (8 * samples.itemsize - 1)
-    samples = (samples.astype(np.float32) - zero) / full_scale
-    if samples.ndim == 2:
-        samples = samples.mean(axis=1)  # over the channels
-
-    if seconds < FRAME / SAMPLE_RATE:
+    except Exception as error:  # scipy raises many kinds
+        reason = "its header is damaged, or the recorder was cut off"
+        if isinstance(error, (ValueError, wavfile.WavFileWarning)):
+            reason = error
+        raise ValueError(f"{path} cannot be read as a WAV file: {reason}") from error
+    if not 1000 <= rate <= 1_000_000:
+        raise ValueError(f"{path} has a sample rate of {rate} Hz: its header is damaged")
+    if len(samples) / rate < FRAME / SAMPLE_RATE:
         raise ValueError(f"{path} is shorter than a frame of 25 ms")
-    if not np.isfinite(samples).all():
+
+    # Subtle: scipy takes 24 bits that are stored in 4 bytes for 32 bits, and so 256 times too loud.
+    if chunk := re.search(rb"fmt [\x10\x12\x28]\0\0\0", content):
+        channels, block_bytes, bits = struct.unpack_from("<2xH8xHH", content, chunk.end())
+        if content.startswith(b"RIFF") and 8 * block_bytes != channels * bits:
+            raise ValueError(f"{path} has {bits} bits in {block_bytes // channels} bytes a sample")
+
+    wave = to_float(samples)
+    if wave.ndim == 2:  # (n_samples, channels)
+        wave = wave.mean(axis=1)
+    if not np.isfinite(wave).all():
         raise ValueError(f"{path} has samples that are not finite (NaN or infinity)")
-    if (peak := np.abs(samples).max()) > 8:  # a little over 1 is normal
-        raise ValueError(f"{path} has samples up to {peak:g}, not 1; divide by their full scale")
-    return torch.from_numpy(samples), rate
+    peak = np.abs(wave).max()
+    if peak > 8:  # a little over 1 is normal for floating-point files
+        raise ValueError(f"{path} has samples up to {peak:g}, not 1: divide by their full scale")
+    divisor = math.gcd(SAMPLE_RATE, rate)
+    return torch.from_numpy(resample_poly(wave, SAMPLE_RATE // divisor, rate // divisor))
+
+
+def to_float(samples: np.ndarray) -> np.ndarray:
+    """Samples of any WAV format -> float32 in [-1, 1].
+
+    The scale matters: with int16 samples left as they are, every log-mel value would be too large
+    by ln(32768²) = 20.8, and the results would still look plausible.
+    """
+    if samples.dtype.kind == "f":
+        return samples.astype(np.float32)
+    if samples.dtype == np.uint8:  # 8-bit WAV is unsigned, with silence at 128
+        return (samples.astype(np.float32) - 128) / 128
+    full_scale = 2 ** (8 * samples.itemsize - 1)
+    return samples.astype(np.float32) / full_scale
 
 
 def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
-    """The AST's input from a wave, from sample `start` on: (n_samples,) -> (1024, 128).
+    """AST's input for the 10 s of a wave from sample `start` on: (n_samples,) -> (1024, 128).
 
     Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py). The loader
     also subtracts the mean of the whole wave, which changes nothing: each frame loses its own.
@@ -140,31 +197,48 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
     return (x - MEAN) / (2 * STD)
 
 
-# What training and scoring take from a clip
+class TrainingWindows(Dataset):
+    """For training: a random window of a clip, (1024, 128), and the clip's class.
 
-
-def frames_beyond_a_window(n_samples: int) -> int:
-    """How many more frames a clip has than a window: 0 for 10 s, 174 for 12 s."""
-    return max(0, 1 + (n_samples - FRAME) // HOP - N_FRAMES)
-
-
-class RandomWindows(Dataset):
-    """For training: dataset[i] is a random window of clip i, (1024, 128), and the clip's class.
-
-    u (n_clips,) says where each clip's window lies: 0 is the first place, almost 1 the last.
+    An item is asked for by a pair (i, u) from RandomOrder: the clip's index, and where its window
+    lies, from u = 0 (at the clip's start) to almost 1 (at its end).
     """
 
-    def __init__(self, clips: list[Clip], labels: list[int], u: Tensor):
-        self.clips, self.labels, self.u = clips, labels, u
+    def __init__(self, clips: list[Clip], labels: list[int]):
+        self.clips, self.labels = clips, labels
 
-    def __getitem__(self, i: int) -> tuple[Tensor, int]:
+    def __len__(self) -> int:
+        return len(self.clips)
+
+    def __getitem__(self, item: tuple[int, float]) -> tuple[Tensor, int]:
+        i, u = item
         wave = read_wav(self.clips[i].path)
-        first_frame = int(self.u[i] * (frames_beyond_a_window(len(wave)) + 1))
-        return spectrogram(wave, first_frame * HOP), self.labels[i]
+        spare = max(0, len(wave) - WINDOW)  # samples
+        start = int(u * (spare + 1))
+        return spectrogram(wave, start), self.labels[i]
+
+
+class RandomOrder(Sampler):
+    """Yields every clip once, in random order, as a pair (i, u) for TrainingWindows.
+
+    Everything random about reading is drawn here, in the main process, so a run does not depend on
+    how many processes read.
+    """
+
+    def __init__(self, n_clips: int):
+        self.n_clips = n_clips
+
+    def __len__(self) -> int:
+        return self.n_clips
+
+    def __iter__(self):
+        u = torch.rand(self.n_clips)
+        order = torch.randperm(self.n_clips)
+        return zip(order.tolist(), u.tolist())
 
 
 class AllWindows(Dataset):
-    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), and where each starts, in
+    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), and their starts, in
     samples.
     """
 
@@ -181,19 +255,18 @@ class AllWindows(Dataset):
 
 
 def window_starts(n_samples: int) -> list[int]:
-    """Where a clip's windows begin, in samples: as few as cover it, evenly spaced."""
-    last = frames_beyond_a_window(n_samples)  # the first frame of the last window
-    count = 1 + math.ceil(last / N_FRAMES)
-    return [round(frame) * HOP for frame in np.linspace(0, last, count)]
+    """Where a clip's windows start, in samples: as few as cover it, evenly spaced."""
+    spare = max(0, n_samples - WINDOW)
+    count = 1 + math.ceil(spare / WINDOW)
+    return np.linspace(0, spare, count).round().astype(int).tolist()
 
 
 class SpecAug:
     """SpecAugment's two masks (Park et al. 2019, arXiv 1904.08779, section 2), without its warping.
 
-    x (B, T, F) -> (B, T, F). In each of the B spectrograms w frames from t₀ on, and v bins
-    from f₀ on, become 0, which is AudioSet's mean. w is uniform on {0..time_mask}, t₀ on {0..T-w};
-    likewise v and f₀.
-    ValueError: a mask wider than 1024 frames or 128 bins, or negative.
+    x (B, T, F) -> (B, T, F). In each of the B spectrograms, w frames from t₀ on and v mel bins from
+    f₀ on become 0, which is AudioSet's mean. w is uniform on {0..time_mask} and t₀ on {0..T-w};
+    likewise v and f₀. Raises ValueError if a mask is negative or wider than a spectrogram.
     """
 
     def __init__(self, time_mask: int, freq_mask: int):
@@ -218,17 +291,6 @@ def stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-import argparse
-import csv
-import hashlib
-import shutil
-import sys
-import urllib.request
-import zipfile
-from contextlib import contextmanager
-
-from tqdm import tqdm
-
 DEV = ["ToyCar", "ToyTrain", "bearing", "fan", "gearbox", "slider", "valve"]
 EVAL = ["ToyDrone", "ToyNscale", "ToyTank", "Vacuum", "bandsaw", "grinder", "shaker"]
 
@@ -241,61 +303,115 @@ def machine_names(names: list[str]) -> list[str]:
     return list(dict.fromkeys(machines))
 
 
-def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
-    """The clips in root/machine/split, sorted by name; "._x.wav" and the like are left out.
-
-    FileNotFoundError: there is none. ValueError: an anomaly for training.
-    """
-    folder = Path(root) / machine / split
-    clips = [parse_clip(path) for path in sorted(folder.glob("[!.]*.[wW][aA][vV]"))]
-    if not clips:
-        raise FileNotFoundError(f"no WAV file in {folder}")
-    if split == "train" and any(clip.is_anomaly for clip in clips):
-        raise ValueError(f"{folder} has anomalies by their names; train on normal clips only")
-    return clips
+# What the command lines have in common
 
 
-# What the commands share
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--machine",
+        nargs="+",
+        required=True,
+        metavar="NAME",
+        type=lambda name: name.rstrip("/"),
+        help="one or several names, or the groups dev, eval, all",
+    )
 
-# What args.json holds and no result depends on, except with --dropout on micro_batch. The kind of
-# device does count, as `precision`.
-CIRCUMSTANCES = "run data weights workers device compile micro_batch versions hardware args".split()
+
+def add_hardware(parser) -> None:
+    gpu = torch.cuda.is_available()
+    device = "cuda" if gpu else "cpu"
+    text = "cpu, cuda or cuda:1 (default: cuda where there is one)"
+    parser.add_argument("--device", default=device, type=existing_device, help=text)
+    workers = 4 if gpu else 0
+    text = "processes that read WAV files (default: 4 with a GPU, else 0: the main process reads)"
+    parser.add_argument("--workers", default=workers, type=int, metavar="N", help=text)
 
 
-def setting(record: dict) -> dict:
-    """Of what args.json holds, all that a result depends on: {"rank": 64, "classes": ..., ...}."""
-    return {k: v for k, v in (record | record["args"]).items() if k not in CIRCUMSTANCES}
+def existing_device(name: str) -> torch.device:
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {reason}") from error
 
 
-@contextmanager
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return device.type
+
+
+def positive(text: str) -> int:
+    """The type of an argument; argparse then says "invalid positive value: '0'"."""
+    if int(text) < 1:
+        raise ValueError
+    return int(text)
+
+
+@contextlib.contextmanager
 def one_line_errors():
-    """What a user can mend ends in one line on standard error, as does Ctrl-C."""
+    """End in one line on standard error where the user can mend what is wrong. All other errors
+    keep their traceback. A name that the terminal cannot show is printed with escapes.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted; the same command again continues with what has been saved")
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        lines = str(error).strip().splitlines() or [repr(error)]
-        reason = lines[-1] if "Traceback" in str(error) else lines[0]  # that of a reading process
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {reason}")
+        sys.exit("\ninterrupted: the same command continues with what has been saved")
+    except (ValueError, OSError, ImportError) as error:
+        # An error in a reading process comes with its traceback; the message is the last line.
+        message = str(error).strip().split("\n")[-1].removeprefix("ValueError: ")
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-@contextmanager
-def whole_file(path: Path, mode: str = "wb", **options):
-    """A file to write to; it takes the place of `path` when it is complete."""
+# Files. They are replaced as a whole: a reader never sees half of one.
+
+
+def make_folder(folder: Path) -> None:
+    """Raises OSError if it cannot be made or written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def write(path: Path, content: bytes) -> None:
     part = path.with_name(f"{path.name}.part")
     try:
-        with part.open(mode, **options) as file:
-            yield file
+        part.write_bytes(content)
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
 
 
-def write_csv(path: Path, rows: list) -> None:
-    """Adds no header, and ends lines with \\n, as the challenge wants it."""
-    with whole_file(path, "w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        csv.writer(file, lineterminator="\n").writerows(rows)
+def write_csv(path: Path, rows) -> None:
+    """Without a header, and with lines that end in \\n, as the challenge wants it."""
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    write(path, text.getvalue().encode("utf-8", "surrogateescape"))
+
+
+def save(path: Path, content: dict) -> None:
+    buffer = io.BytesIO()
+    torch.save(content, buffer)
+    write(path, buffer.getbuffer())
+
+
+def load(path: Path, *keys: str) -> dict:
+    """Load what `save` wrote. Nothing in the file is executed. Raises ValueError if it is damaged
+    or lacks one of the keys.
+    """
+    buffer = io.BytesIO(Path(path).read_bytes())
+    try:
+        content = torch.load(buffer, map_location="cpu", weights_only=True)
+        if not set(keys) <= set(content):
+            raise KeyError(keys)
+    except Exception as error:  # of many kinds, and PyTorch's own advice is to execute the file
+        raise ValueError(
+            f"{path} was not written by this program, or is damaged: delete it"
+        ) from error
+    return content
 
 
 def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
@@ -304,7 +420,7 @@ def file_digest(path: str | Path, algorithm: str = "sha256") -> str:
         return hashlib.file_digest(file, algorithm).hexdigest()
 
 
-# Fetching the challenge's data
+# Downloading the challenge's data
 
 ZENODO = "https://zenodo.org/records"
 EVALUATOR = "https://raw.githubusercontent.com/nttcslab/dcase2023_task2_evaluator"
@@ -336,10 +452,10 @@ AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo refuses thos
 
 
 def fetch(machine: str, root: str | Path) -> None:
-    """Download, verify and unpack a machine of DCASE2023 (0.4 GB), unless its folder is there.
+    """Download, verify and unpack a machine of DCASE2023 (0.4 GB), unless its folder exists.
 
-    All happens in <machine>.part; <machine> appears when it is whole. That of an eval machine also
-    gets the ground truth, which the names of its clips do not tell. Errors: see download.
+    Unpacks into <machine>.part and renames it when it is complete. An evaluation machine also gets
+    the ground truth, which its file names do not tell. Raises what `download` raises.
     """
     root = Path(root)
     if (root / machine).exists() or machine not in DEV + EVAL:
@@ -362,35 +478,46 @@ def fetch(machine: str, root: str | Path) -> None:
 
 
 def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> None:
-    """Fetch `url` to `path`, unless it is there, and verify its checksum where one is given.
-    OSError: no network, or the server refuses. ValueError: another checksum.
+    """Download `url` to `path`, unless it exists, and verify its checksum where one is given.
+
+    Raises OSError if the download fails or is cut off, and ValueError for a wrong checksum.
     """
     by_hand = f"open {url} in a browser and put the file at {path}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
+        part = path.with_name(f"{path.name}.part")
         request = urllib.request.Request(url, headers={"User-Agent": AGENT})
         try:
-            with urllib.request.urlopen(request, timeout=60) as response, whole_file(path) as file:
+            with urllib.request.urlopen(request, timeout=60) as response, part.open("wb") as file:
                 size = int(response.headers.get("Content-Length", 0))
                 with tqdm.wrapattr(file, "write", size, desc=path.name, disable=None) as target:
                     shutil.copyfileobj(response, target)
-        except OSError as error:
-            raise OSError(f"cannot fetch {url} ({error}): try again, or {by_hand}") from error
+                received = file.tell()
+            if received == 0 or (size > 0 and received != size):
+                raise OSError(f"only {received:,} of {size:,} bytes came")
+            part.replace(path)
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: a nonsense header
+            raise OSError(f"cannot download {url} ({error!r}): try again, or {by_hand}") from error
+        finally:
+            part.unlink(missing_ok=True)
     if digest and file_digest(path, algorithm) != digest:
-        raise ValueError(f"{path} has another {algorithm}: delete it; try again, or {by_hand}")
+        raise ValueError(f"{path} has a wrong {algorithm}: delete it; then try again, or {by_hand}")
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Fetch and verify machines of DCASE2023 Task 2.")
-    add = parser.add_argument
-    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--data", default="data", metavar="DIR", help="the folder for them (%(default)s)")
+    about = "Download and verify machines of DCASE2023 Task 2."
+    parser = argparse.ArgumentParser(description=about)
+    add_machine(parser)
+    text = "folder for them (default: %(default)s)"
+    parser.add_argument("--data", default="data", metavar="DIR", help=text)
     args = parser.parse_args(argv)
     with one_line_errors():
         for machine in machine_names(args.machine):
             fetch(machine, args.data)
-            train, test = (len(list_clips(args.data, machine, s)) for s in ("train", "test"))
-            print(f"{args.data}/{machine}: {train} training clips, {test} test clips")
+            train = list_clips(args.data, machine, "train")
+            test = list_clips(args.data, machine, "test")
+            folder = Path(args.data) / machine
+            print(f"{folder}: training clips {len(train)}, test clips {len(test)}")
 
 
 if __name__ == "__main__":

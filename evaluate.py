@@ -1,4 +1,4 @@
-"""Evaluate: the official metric of DCASE2023 Task 2 on the CSV files that score.py wrote.
+"""Evaluate: the official metric of DCASE2023 Task 2, on the score files that score.py wrote.
 
     AUC source = ROC AUC of the source domain's normal clips against the anomalies of BOTH domains
     AUC target = the same with the target domain's normal clips
@@ -8,22 +8,30 @@
 
 AUC is the probability that an anomaly has a higher score than a normal clip: 1/2 is chance. The
 anomalies of both domains count, as in the official code; several public implementations take only
-those of the same domain. Precision, recall and F1 (metrics.csv) are about the decisions in a domain
-and no part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
+those of the same domain. Precision, recall and F1 (in metrics.csv) are about the decisions within a
+domain and are not part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
 
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± deviation
 
-Reads no audio. Labels come from the clips' names; if one name of a machine does not tell, all its
-labels come from <data>/<machine>/labels.csv and domains.csv.
+Reads no audio. The labels come from the clips' names. If any name of a machine does not tell, all
+its labels come from <data>/<machine>/labels.csv and domains.csv.
 """
 
+import argparse
+import csv
+import io
+import json
 import math
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 from scipy.stats import hmean
 from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+
+import data
 
 # The three numbers of a machine that the official score averages.
 METRICS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
@@ -43,11 +51,11 @@ def machine_metrics(
     """
     scores = np.asarray(scores)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
-    source = ~is_target | is_anomaly  # anomalies of both domains
-    target = is_target | is_anomaly
+    for_source = ~is_target | is_anomaly  # the anomalies are those of both domains
+    for_target = is_target | is_anomaly
     metrics = {
-        "auc_source": auc(is_anomaly[source], scores[source]),
-        "auc_target": auc(is_anomaly[target], scores[target]),
+        "auc_source": auc(is_anomaly[for_source], scores[for_source]),
+        "auc_target": auc(is_anomaly[for_target], scores[for_target]),
         "pauc": auc(is_anomaly, scores, max_fpr=0.1),
     }
     if decisions is not None:
@@ -65,12 +73,14 @@ def auc(is_anomaly: np.ndarray, scores: np.ndarray, max_fpr: float | None = None
 
 
 def decision_metrics(domain: str, is_anomaly: np.ndarray, decisions: np.ndarray) -> dict:
-    """Precision, recall and F1 within a domain: 0 where 0/0, NaN without clips."""
-    values = [math.nan] * 3
+    """Precision, recall and F1 within a domain: 0 where they are 0/0, NaN without clips."""
+    precision = recall = f1 = math.nan
     if len(is_anomaly):
-        options = {"average": "binary", "zero_division": 0}
-        *values, _ = precision_recall_fscore_support(is_anomaly, decisions, **options)
-    return {f"{what}_{domain}": float(v) for what, v in zip(("precision", "recall", "f1"), values)}
+        precision, recall, f1, _ = precision_recall_fscore_support(
+            is_anomaly, decisions, average="binary", zero_division=0
+        )
+    values = {"precision": precision, "recall": recall, "f1": f1}
+    return {f"{name}_{domain}": float(value) for name, value in values.items()}
 
 
 def official_score(machines: list[dict[str, float]]) -> float:
@@ -83,173 +93,246 @@ def official_score(machines: list[dict[str, float]]) -> float:
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-import argparse
-import json
-import re
-from pathlib import Path
 
-import data
+def read_two_columns(path: Path, to_value: Callable) -> dict:
+    """{name: value} from lines such as a.wav,0.5, as the challenge or a spreadsheet writes them.
 
-# CSV files, joined by the clips' names
-
-
-def read_csv(path: Path, number: str = r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?") -> dict[str, float]:
-    """Lines of name,number as the challenge writes them, or a spreadsheet: comma or semicolon,
-    with a BOM, a header, blank lines. ValueError, naming file and line: another line, or a name
-    that stands twice.
+    The separator is a comma, semicolon or tab. A header and blank lines are skipped. Raises
+    ValueError, with file and line, for any other line and for a name that stands there twice.
     """
+    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
+    squeezed = text.lower().replace('"', "").replace(" ", "")
+    separator = ","
+    if ".wav;" in squeezed:
+        separator = ";"
+    if ".wav\t" in squeezed:
+        separator = "\t"
     values = {}
-    text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
-    for i, line in enumerate(text.splitlines(), 1):
-        match = re.fullmatch(rf'"?(.+?)"?\s*[,;]\s*"?({number})"?', line.strip())
-        if match:
-            name = match[1].replace('""', '"')  # as CSV writes quotes
-            if name in values:
-                raise ValueError(f"{path}, line {i}: {name} stands there twice")
-            values[name] = float(match[2])
-        elif line.strip(" \t,;") and (i > 1 or ".wav" in line.lower()):  # not blank, no header
-            right = "a right one is a clip's name and a number, for labels name.wav,0 or name.wav,1"
-            raise ValueError(f"{path}, line {i}: {line!r}; {right}")
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
+    for row in reader:
+        cells = [cell.strip() for cell in row if cell.strip()]
+        if not cells:
+            continue
+        line = f"{path}, line {reader.line_num}"
+        try:
+            name, value = cells
+            value = to_value(value)
+        except (ValueError, KeyError) as error:
+            if reader.line_num == 1 and not cells[0].lower().endswith(".wav"):
+                continue  # a header
+            right = "name.wav and a number (with a point, no comma), or 0 or 1 for a label"
+            raise ValueError(f"{line}: {separator.join(row)!r} should be {right}") from error
+        if name in values:
+            raise ValueError(f"{line}: {name} stands there twice")
+        values[name] = value
     return values
 
 
-def read_labels(path: Path, names: list[str]) -> list[bool]:
-    """0 or 1 for each of the names. ValueError: see read_csv, or no line for a name."""
-    labels = read_csv(path, number="[01]")
-    if missing := [name for name in names if name not in labels]:
-        raise ValueError(f"{path} has no line for {len(missing)} clips, such as {missing[0]}")
-    return [bool(labels[name]) for name in names]
+def to_score(text: str) -> float:
+    if not math.isfinite(float(text)):
+        raise ValueError
+    return float(text)
 
 
-def labels_of(machine: str, names: list[str], root: str) -> tuple[list, list]:
-    """(is_anomaly, is_target) of the test clips called `names`.
+def read_labels(path: Path, names: list[str]) -> np.ndarray:
+    """0 or 1 for each of the names, as bool. Raises ValueError if a name is missing."""
+    labels = read_two_columns(path, {"0": False, "1": True}.__getitem__)
+    missing = [name for name in names if name not in labels]
+    if missing:
+        raise ValueError(f"{path} has no line for {missing[0]} (missing clips: {len(missing)})")
+    return np.array([labels[name] for name in names])
 
-    If one name does not tell, all from root/machine/labels.csv and domains.csv; a clip without a
-    domain counts as source. ValueError: no labels, or something is wrong in these files.
+
+def labels_of(machine: str, names: list[str], root: str | Path) -> tuple[np.ndarray, np.ndarray]:
+    """is_anomaly and is_target of the test clips called `names`.
+
+    They come from the names, or all from root/machine/labels.csv and domains.csv if one name does
+    not tell. A clip without a domain counts as source. Raises FileNotFoundError if there are no
+    labels, and what read_labels raises.
     """
     clips = [data.parse_clip(Path(machine, "test", name)) for name in names]
-    is_anomaly = [clip.is_anomaly for clip in clips]
-    is_target = [clip.domain == "target" for clip in clips]
+    is_target = np.array([clip.domain == "target" for clip in clips])
+    if all(clip.is_anomaly is not None for clip in clips):
+        return np.array([clip.is_anomaly for clip in clips]), is_target
     labels, domains = Path(root, machine, "labels.csv"), Path(root, machine, "domains.csv")
-    if None in is_anomaly:
-        if not labels.exists():
-            line = f"{names[0]},1 for an anomaly or {names[0]},0 for a normal clip"
-            raise ValueError(f"{labels} is missing; a line for each clip: {line}")
-        is_anomaly = read_labels(labels, names)
-        if domains.exists():
-            is_target = read_labels(domains, names)
-    return is_anomaly, is_target
+    if not labels.exists():
+        example = f"{names[0]},1 for an anomaly or {names[0]},0 for a normal clip"
+        raise FileNotFoundError(f"{labels} is missing; it needs a line for each clip: {example}")
+    if domains.exists():
+        is_target = read_labels(domains, names)
+    return read_labels(labels, names), is_target
 
 
-def read_json(path: Path) -> dict:
-    return json.loads(path.read_text()) if path.exists() else {}
+def known_labels(machine: str, names: list[str], root: str | Path) -> np.ndarray | None:
+    """is_anomaly of the clips, or None where nobody has labelled them."""
+    try:
+        return labels_of(machine, names, root)[0]
+    except FileNotFoundError:
+        return None
+    except ValueError as error:
+        print(f"note: no labels are used: {error}")
+        return None
 
 
-def evaluate_machine(machine: str, run: Path, root: str | None = None) -> tuple[dict, list[str]]:
-    """A row of metrics.csv and the clips' names. Errors: no scores; see read_csv, labels_of."""
-    end = f"{machine}_section_00_test.csv"
-    if not (run / f"anomaly_score_{end}").exists():
+def words(scored_with: dict) -> str:
+    """How scores were made, for people."""
+    if not scored_with:
+        return "not known"
+    setting = scored_with["setting"]
+    if scored_with["model"] == "pretrained":
+        model = f"pre-trained AST, {setting['pooling']}"
+    else:
+        model = f"{setting['tuning']}, {setting['precision']}"
+    text = f"{model}, normalize {scored_with['normalize']}, k {scored_with['k']}"
+    if scored_with["normalize"] == "test":
+        text += ", TRANSDUCTIVE"
+    return text
+
+
+def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
+    """A row of metrics.csv; and, as its "setting", all that must be equal for a mean over seeds."""
+    suffix = f"{machine}_section_00_test.csv"
+    score_file, decision_file = run / f"anomaly_score_{suffix}", run / f"decision_result_{suffix}"
+    if not score_file.exists():
         raise FileNotFoundError(f"{run} has no scores of {machine}: run score.py, or set --run")
-    scores = read_csv(run / f"anomaly_score_{end}")
-    names, how = list(scores), read_json(run / f"scoring_{machine}.json")
-    is_anomaly, is_target = np.array(labels_of(machine, names, root or how.get("data", "data")))
-    decisions, wrong = None, {}
-    if (run / f"decision_result_{end}").exists():
-        decisions = np.array(read_labels(run / f"decision_result_{end}", names))
-        wrong = {"anomalies": sum(is_anomaly), "missed": sum(is_anomaly & ~decisions)}
-        wrong |= {"normal": sum(~is_anomaly), "false_alarms": sum(~is_anomaly & decisions)}
+    scoring, how, adapter = {}, run / f"scoring_{machine}.json", run / "adapter.pt"
+    if how.exists():
+        scoring = json.loads(how.read_text())
+    if "adapter_sha256" in scoring and adapter.exists():
+        if data.file_digest(adapter) != scoring["adapter_sha256"]:
+            raise ValueError(f"{run} was trained after {machine} was scored: score again")
+
+    scores = read_two_columns(score_file, to_score)
+    names = list(scores)
+    is_anomaly, is_target = labels_of(machine, names, root or scoring.get("data", "data"))
+    decisions = read_labels(decision_file, names) if decision_file.exists() else None
     metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decisions)
 
-    which = "dev" if machine in data.DEV else "eval" if machine in data.EVAL else "own"
-    row = {"run": str(run), "machine": machine, "set": which}
-    row["scored_with"] = how.get("scored_with", "not known")
-    return row | metrics | {"harmonic_mean": official_score([metrics])} | wrong, names
+    scored_with = scoring.get("scored_with", {})
+    setting = dict(scored_with.get("setting", {}))
+    which = "own"
+    if machine in data.DEV + data.EVAL:
+        which = "dev" if machine in data.DEV else "eval"
+    return {
+        "run": str(run),
+        "machine": machine,
+        "set": which,
+        "seed": setting.pop("seed", ""),
+        "scored_with": words(scored_with),
+        **metrics,
+        "harmonic_mean": official_score([metrics]),
+        # Scores of which nothing is known are a setting of their own.
+        "setting": [scored_with | {"setting": setting} if scored_with else str(run), names],
+    }
 
 
-# Tables. A trial is the rows of one run; the trials of a setting differ in nothing but the seed.
+# Tables. A trial is the list of one run's rows. Trials of one setting differ only in their seed.
+
+
+def same_setting(trials: list[list[dict]]) -> list[list[list[dict]]]:
+    """Group the trials by setting. Raises ValueError if a seed stands there twice."""
+    groups = []
+    for trial in trials:
+        for group in groups:
+            if [row["setting"] for row in trial] == [row["setting"] for row in group[0]]:
+                break
+        else:
+            group = []
+            groups.append(group)
+        for other in group:
+            if trial[0]["seed"] == other[0]["seed"]:
+                run, same = trial[0]["run"], other[0]["run"]
+                raise ValueError(f"{run} has the same setting and seed as {same}")
+        group.append(trial)
+    return groups
 
 
 def percent(values: list[float]) -> str:
     """'61.23', over trials '61.23 ± 0.45' (sample standard deviation), 'n/a' if undefined."""
     if any(math.isnan(value) for value in values):
         return "n/a"
-    spread = f" ± {100 * np.std(values, ddof=1):.2f}" if len(values) > 1 else ""
-    return f"{100 * np.mean(values):.2f}{spread}"
+    text = f"{100 * np.mean(values):.2f}"
+    if len(values) > 1:
+        text += f" ± {100 * np.std(values, ddof=1):.2f}"
+    return text
 
 
-def official(which: str, trials: list[list[dict]]) -> str:
-    """The official score of a set of machines; partial, if not all seven have all three values."""
-    trials = [[row for row in rows if row["set"] == which] for rows in trials]
-    whole = sum(not any(math.isnan(row[key]) for key in METRICS) for row in trials[0])
-    note = f", partial ({whole}/7)" if whole < 7 and which != "own" else ""
-    return f"**{percent([official_score(rows) for rows in trials])}** (n = {len(trials)}){note}"
+def official(which: str, group: list[list[dict]]) -> str:
+    """The official score of dev or eval; partial, unless all seven machines have all three numbers
+    in every trial.
+    """
+    scores, complete = [], []
+    for trial in group:
+        rows = [row for row in trial if row["set"] == which]
+        scores.append(official_score(rows))
+        complete.append(sum(all(not math.isnan(row[key]) for key in METRICS) for row in rows))
+    text = f"**{percent(scores)}** (n = {len(group)})"
+    if which != "own" and min(complete) < 7:
+        text += f", partial ({min(complete)}/7)"
+    return text
 
 
-def scored_with(rows: list[dict]) -> str:
-    return " / ".join(dict.fromkeys(row["scored_with"] for row in rows))
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    lines = [header, ["---"] + ["---:"] * (len(header) - 1), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table(trials: list[list[dict]]) -> str:
-    """Markdown: a line for each machine, over the trials of one setting."""
+def table_of_machines(group: list[list[dict]]) -> str:
+    """A line for each machine, as mean ± deviation over the trials, and the official scores."""
+    every_row = [row for trial in group for row in trial]
     columns = METRICS | {"harmonic_mean": "harmonic mean"}
-    lines = [f"### {scored_with(trials[0])}", "", f"| % | {' | '.join(columns.values())} |"]
-    lines.append("| --- |" + " ---: |" * len(columns))
-    for rows in zip(*trials):  # of one machine
-        cells = [percent([row[key] for row in rows]) for key in columns]
-        lines.append(f"| {rows[0]['machine']} | {' | '.join(cells)} |")
-    lines.append("")
-    for which in dict.fromkeys(row["set"] for row in trials[0] if row["set"] != "own"):
-        lines.append(f"{which}, official score: {official(which, trials)}")
-    for row in trials[0] if len(trials) == 1 else []:
-        if "missed" in row:
-            missed = f"{row['missed']} of {row['anomalies']} anomalies missed"
-            false = f"{row['false_alarms']} false alarms of {row['normal']} normal clips"
-            lines.append(f"{row['machine']}: {missed}, {false}")
-    return "\n".join(lines)
+    for key in METRICS:
+        if all(math.isnan(row[key]) for row in every_row):
+            del columns[key]  # such as AUC target of a machine of one's own
+    rows = []
+    for of_machine in zip(*group):
+        cells = [percent([row[key] for row in of_machine]) for key in columns]
+        rows.append([of_machine[0]["machine"], *cells])
+    text = f"### {group[0][0]['scored_with']}\n\n{markdown(['%', *columns.values()], rows)}\n"
+    for which in ("dev", "eval"):
+        if any(row["set"] == which for row in every_row):
+            text += f"\n{which}, official score: {official(which, group)}"
+    return text
 
 
-def ablation(settings: list[list[list[dict]]]) -> str:
-    """Markdown: the official scores of each setting in a line."""
-    sets = list(dict.fromkeys(row["set"] for row in settings[0][0]))
-    lines = [f"| setting | {' | '.join(sets)} | scored with |"]
-    lines += ["| --- |" + " ---: |" * len(sets) + " --- |"]
-    for trials in settings:
-        name = re.sub(r"[-_]?seed\d+$", "", trials[0][0]["run"])
-        cells = [official(which, trials) for which in sets]
-        lines.append(f"| {name} | {' | '.join(cells)} | {scored_with(trials[0])} |")
-    return "\n".join(lines)
+def table_of_settings(groups: list[list[list[dict]]]) -> str:
+    """A line for each setting: the official scores, and how it was scored."""
+    sets = list(dict.fromkeys(row["set"] for row in groups[0][0]))
+    rows = []
+    for group in groups:
+        first = group[0][0]
+        name = first["run"].removesuffix(f"seed{first['seed']}").rstrip("-_")
+        rows.append([name, *[official(which, group) for which in sets], first["scored_with"]])
+    return markdown(["setting", *sets, "scored with"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "Print the official metric of scored machines; write metrics.csv into the run folder."
+    about = (
+        "Print the official metric of scored machines, and write metrics.csv into the run folder."
+    )
     parser = argparse.ArgumentParser(description=about)
-    add = parser.add_argument
-    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--run", nargs="+", action="extend", metavar="DIR", help="one or several (runs/<names>)")
-    add("--data", metavar="DIR", help="holds <machine>/labels.csv (where the clips were scored)")
+    data.add_machine(parser)
+    text = "one or several run folders (runs/<names>)"
+    parser.add_argument("--run", nargs="+", action="extend", metavar="DIR", help=text)
+    text = "with <machine>/labels.csv (where the clips were when they were scored)"
+    parser.add_argument("--data", metavar="DIR", help=text)
     args = parser.parse_args(argv)
+    runs = args.run or [f"runs/{'+'.join(args.machine)}"]
+    machines = data.machine_names(args.machine)
     with data.one_line_errors():
-        settings = {}  # setting -> seed -> trial
-        for run in map(Path, args.run or [f"runs/{'+'.join(args.machine)}"]):
-            machines = data.machine_names(args.machine)
-            rows, clips = zip(*(evaluate_machine(machine, run, args.data) for machine in machines))
-            record = read_json(run / "args.json")
-            seed = record["args"]["seed"] if record else ""
-            # All that a result depends on but the seed. Without a record, a run is its own setting.
-            setting = data.setting(record) | {"seed": ""} if record else str(run)
-            how = [row["scored_with"] for row in rows]
-            trials = settings.setdefault(json.dumps([setting, how, clips], sort_keys=True), {})
-            if seed in trials:
-                raise ValueError(f"{run} has the setting and the seed of {trials[seed][0]['run']}")
-            trials[seed] = rows
-            for row in rows:
-                of_set = [other for other in rows if other["set"] == row["set"]]
-                row |= {"seed": seed, "official_score": official_score(of_set)}
-            header = dict.fromkeys(key for row in rows for key in row)
-            lines = [[row.get(key, "") for key in header] for row in rows]
-            data.write_csv(run / "metrics.csv", [header, *lines])
-    found = [list(trials.values()) for trials in settings.values()]
-    print(table(found[0]) if len(found) == 1 else ablation(found))
+        trials = []
+        for run in map(Path, runs):
+            trial = [evaluate_machine(machine, run, args.data) for machine in machines]
+            for row in trial:
+                of_set = [other for other in trial if other["set"] == row["set"]]
+                row["official_score"] = official_score(of_set)
+            trials.append(trial)
+        groups = same_setting(trials)
+        for trial in trials:
+            names = [name for name in trial[0] if name != "setting"]
+            rows = [[row[name] for name in names] for row in trial]
+            data.write_csv(Path(trial[0]["run"]) / "metrics.csv", [names, *rows])
+        print(table_of_machines(groups[0]) if len(groups) == 1 else table_of_settings(groups))
 
 
 if __name__ == "__main__":

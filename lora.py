@@ -28,7 +28,7 @@ class LoRALinear(nn.Module):
     alpha    > 0; scales the update by alpha/rank
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
-    forward: x (..., in) -> (..., out). ValueError: rank, alpha or dropout out of range.
+    forward: x (..., in) -> (..., out). Raises ValueError if rank, alpha or dropout is out of range.
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -64,39 +64,43 @@ def add_lora(
     dropout: float = 0.0,
     layers: list[int] | None = None,
 ) -> None:
-    """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place. All that is
-    not wrapped stays as it is, so freeze the model first.
+    """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place. Layers that
+    are not wrapped stay as they are, so freeze the model first.
 
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   which blocks: indices into model.blocks, None for all
 
-    ValueError: a block that does not exist, a target that names no linear layer in the chosen
-    blocks, or what LoRALinear refuses.
+    Raises ValueError for a block that does not exist, a target that names no linear layer in the
+    chosen blocks, anything that stands there twice, or what LoRALinear refuses.
     """
-    depth, found = len(model.blocks), set()
+    depth = len(model.blocks)
     if layers is None:
-        layers = range(depth)
+        layers = list(range(depth))
+    if len(set(targets)) < len(targets) or len(set(layers)) < len(layers):
+        raise ValueError("a LoRA target or layer is named twice")
+    found = set()
     for index in layers:
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
-        for parent in list(model.blocks[index].modules()):  # a list: the tree changes on the way
-            for name, child in list(parent.named_children()):
-                if name in targets and isinstance(child, nn.Linear):
-                    setattr(parent, name, LoRALinear(child, rank, alpha, dropout))
-                    found.add(name)
-    if missing := set(targets) - found:
+        block = model.blocks[index]
+        for path, module in list(block.named_modules()):  # a list, since the block changes
+            name = path.split(".")[-1]
+            if name in targets and isinstance(module, nn.Linear):
+                block.set_submodule(path, LoRALinear(module, rank, alpha, dropout))
+                found.add(name)
+    missing = set(targets) - found
+    if missing:
         raise ValueError(f"LoRA targets that name no linear layer of a block: {' '.join(missing)}")
 
 
 def merge_lora(model: nn.Module) -> None:
     """Replace every LoRALinear inside `model` by its merged layer, in place."""
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if isinstance(child, LoRALinear):
-                setattr(parent, name, child.merged())
+    for path, module in list(model.named_modules()):
+        if isinstance(module, LoRALinear):
+            model.set_submodule(path, module.merged())
 
 
-# What was trained is what requires a gradient. Only that is saved.
+# Only what was trained is saved: the parameters that require a gradient.
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -105,7 +109,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy `state` into a model that was prepared in the same way. ValueError: it was not."""
+    """Copy `state` into a model that was prepared in the same way. Raises ValueError if it was not."""
     here = {name: p.shape for name, p in trained_state(model).items()}
     if here != {name: p.shape for name, p in state.items()}:
         raise ValueError("the saved weights are of other layers, another rank or another size")

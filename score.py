@@ -1,55 +1,112 @@
 """Score: how far is a test clip from the nearest normal training clip of its machine?
 
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
-    score(x) = mean of the k smallest d(x, y) over all y in the bank; k is 1 by default
+    score(x) = mean of the k smallest d(x, y) over all training windows y; k is 1 by default
 
-The bank holds all windows of the machine's training clips (equal files count once). A clip of 10 s
-is one window, one above 10.255 s has several. Each is scored by itself; the clip has the score of
-its most anomalous window. A clip is called anomalous if its score is above the 90th percentile of
-the training clips' scores. A training clip is scored against the other training clips only.
+A clip of up to 10 s is one window; a longer clip has several, and its score is that of its most
+anomalous window. A clip is called anomalous if its score is above the 90th percentile of the
+training clips' own scores. For those, a training clip is compared with the other training clips
+only.
 
     python score.py --machine fan                      # with the model in runs/fan
-    python score.py --machine fan --pretrained         # with the untouched AST, no training
+    python score.py --machine fan --pretrained         # with the pre-trained AST, without training
 
-writes the challenge's CSV files into the run folder, and report_fan.csv for people.
+writes into the run folder the challenge's CSV files, report_fan.csv with more columns, and
+report_fan.html, a page to listen to the most anomalous clips.
 """
 
 import argparse
-from itertools import groupby, islice
+import html
+import importlib.util
+import io
+import json
+import os
+import shlex
 from operator import itemgetter
 from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import quote
 
 import numpy as np
 import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
 
 import backbone
 import data
-import train as training
+import evaluate
+import lora
 from backbone import Embedder, load_ast
 from data import Clip
+from train import load_run
+
+SECONDS = data.WINDOW / data.SAMPLE_RATE  # of a window
 
 
-def all_windows(clips: list[Clip], workers: int, device: torch.device):
-    """Yields (index of the clip, start in samples, spectrogram (1024, 128)) for each window."""
-    loader = training.make_loader(data.AllWindows(clips), workers, device, batch_size=None)
-    for index, (x, starts) in enumerate(loader):  # x (n, 1024, 128), all of one clip
-        for start, window in zip(starts, x):
-            yield index, start, window
+class Windows(NamedTuple):
+    """All windows of some clips, one after the other."""
+
+    embedding: np.ndarray  # (n, D), of unit length
+    clip_index: np.ndarray  # (n,) which clip a window is from
+    start: np.ndarray  # (n,) where it starts in the clip, in samples
 
 
 @torch.inference_mode()
 def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
-    """Embed all windows of all clips, in their order and in float32 on every device.
+    """Yields for each clip the embeddings of its windows, (n, D), and their starts, in samples.
 
-    Yields (index of the clip, start in samples, embedding (D,) of unit length) for each window.
+    In float32 on every device.
     """
     model.eval()
     device = model.ast.pos_embed.device
-    torch.backends.cudnn.allow_tf32 = False  # TF32 keeps 10 of a float32's 23 mantissa bits
-    windows = all_windows(clips, workers, device)
-    while batch := list(islice(windows, batch_size)):  # full, whatever the clips' lengths
-        index, start, x = zip(*batch)
-        yield from zip(index, start, model(torch.stack(x).to(device)).cpu().numpy())
+    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 of a float32's 23 mantissa bits
+    torch.backends.cudnn.allow_tf32 = False
+    windows = data.AllWindows(clips)
+    for items in DataLoader(windows, batch_size, num_workers=workers, collate_fn=list):
+        # The loader gives the windows of batch_size clips. Long clips have many windows, of which
+        # the network takes batch_size at a time.
+        x = torch.cat([spectrograms for spectrograms, _ in items])
+        embedded = torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
+        starts = [starts for _, starts in items]
+        for of_clip, at in zip(embedded.split([len(of_clip) for of_clip in starts]), starts):
+            yield of_clip.clone(), at
+
+
+def embed_new(model: Embedder, model_id: str, clips: list[Clip], file: Path, args) -> list:
+    """What `embed` yields, as a list. Clips that were embedded before are read from `file`.
+
+    An embedding is known by its clip's content, not by its name. All of them are computed anew for
+    another model, or after a change in the source of data.py, lora.py or backbone.py.
+    """
+    known = {}  # checksum of a clip: (embeddings, starts)
+    if file.exists():
+        saved = data.load(file, "model", "clips")
+        if saved["model"] == model_id:
+            known = saved["clips"]
+    checksums = [data.file_digest(clip.path) for clip in clips]
+    new = {sha: clip for sha, clip in zip(checksums, clips) if sha not in known}
+    results = embed(model, list(new.values()), args.batch_size, args.workers)
+    progress = tqdm(zip(results, new), "clips", len(new), leave=False, disable=None)
+    try:
+        for count, (result, sha) in enumerate(progress, 1):
+            known[sha] = result
+            if count % 100 == 0:
+                data.save(file, {"model": model_id, "clips": known})
+    finally:  # also after an error or Ctrl-C
+        known = {sha: known[sha] for sha in checksums if sha in known}
+        if new:
+            data.save(file, {"model": model_id, "clips": known})
+    return [known[sha] for sha in checksums]
+
+
+def windows_of(embedded: list[tuple[Tensor, list[int]]]) -> Windows:
+    """Put the embeddings of several clips, and their starts, one after the other."""
+    embedding = torch.cat([of_clip for of_clip, _ in embedded]).numpy()
+    counts = [len(starts) for _, starts in embedded]
+    clip_index = np.repeat(np.arange(len(embedded)), counts)
+    start = np.concatenate([starts for _, starts in embedded])
+    return Windows(embedding, clip_index, start)
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -60,336 +117,388 @@ def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """Mean of the k smallest distances in each row: (m, n) -> (m,).
 
-    ValueError: a row has fewer than k that are finite.
+    Raises ValueError if a row has fewer than k that are finite.
     """
     found = np.isfinite(d).sum(axis=1).min()
     if k > found:
-        why = "too few training clips, or training has diverged"
-        raise ValueError(f"the {k} nearest of {found} distances to other clips: {why}")
+        raise ValueError(
+            f"too few training clips: {k} neighbours are needed, "
+            f"but a clip can be compared with only {found} windows of others"
+        )
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
 
 
 def anomaly_scores(
-    test: np.ndarray,
-    train: np.ndarray,
-    train_id: np.ndarray,
-    domain: np.ndarray,
-    k: int,
-    normalize: str,
+    d_test: np.ndarray, d_train: np.ndarray, domain: np.ndarray, k: int, normalize: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of one machine's test windows (m,) and training windows (n,).
+    """Scores of one machine's test windows, (m,), and training windows, (n,).
 
-    test (m, D) and train (n, D) are embeddings; train_id (n,) and domain (n,) tell which clip a
-    training window is from, and that clip's domain: "source", "target", or None if it is not known.
-    ValueError: too few clips for what is asked, or see normalised.
+    d_test (m, n) and d_train (n, n) are distances to the training windows; in d_train, those within
+    a clip are infinite. domain (n,) is "source", "target", or "" where it is not known. Raises
+    ValueError if there are too few training clips.
     """
-    d_test, d_train = distances(test, train), distances(train, train)  # (m, n), (n, n)
-    d_train[train_id[:, None] == train_id] = np.inf  # no training clip is its own neighbour
-    if normalize == "none":
-        return nearest(d_test, k), nearest(d_train, k)
-    return normalised(d_test, d_train, domain, k, normalize)
+    if normalize == "density":
+        return density_scores(d_test, d_train, k)
+    if normalize == "test":
+        return standardised_scores(d_test, d_train, domain, k)
+    return nearest(d_test, k), nearest(d_train, k)
 
 
-def most_anomalous(scores: np.ndarray, clip_id: np.ndarray) -> np.ndarray:
-    """The index of each clip's highest-scoring window: scores (m,), clip_id (m,) -> (n_clips,)."""
+def most_anomalous(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
+    """The index of each clip's highest-scoring window: scores (m,), clip_index (m,) -> (n_clips,)."""
     highest = []
-    for clip in np.unique(clip_id):
-        windows = np.flatnonzero(clip_id == clip)
+    for clip in np.unique(clip_index):
+        windows = np.flatnonzero(clip_index == clip)
         highest.append(windows[scores[windows].argmax()])
     return np.array(highest)
 
 
-def decide(scores: np.ndarray, train_scores: np.ndarray, percentile: float = 90):
-    """Decisions (n_clips,) bool, and the threshold: a percentile of the training clips' scores.
+def score_machine(
+    machine: str, model: Embedder, model_id: str, scoring: dict, args: argparse.Namespace
+) -> None:
+    """Score one machine, from its clips to its files.
 
-    Both arrays have one score per clip. For a trained model the threshold is low: training has
-    drawn those clips together, so more than 10 % of new normal clips may lie above it.
-    ValueError: a percentile below 1 (was 0.9 meant to be 90?) or above 100.
+    `scoring` says how: it goes into scoring_<machine>.json.
     """
-    if not 1 <= percentile <= 100:
-        raise ValueError(f"the percentile is from 1 to 100, not {percentile}")
-    threshold = np.percentile(train_scores, percentile)
-    return scores > threshold, threshold
+    # Clips.
+    train_clips, test_clips = clips_to_score(machine, Path(scoring["data"]))
+
+    # Embeddings of all their windows.
+    file = args.run / f"embeddings_{machine}.pt"
+    embedded = embed_new(model, model_id, train_clips + test_clips, file, args)
+    train = windows_of(embedded[: len(train_clips)])
+    test = windows_of(embedded[len(train_clips) :])
+
+    # Distances to the training windows. A training clip is compared with the other clips only.
+    d_test = distances(test.embedding, train.embedding)  # (m, n)
+    d_train = distances(train.embedding, train.embedding)  # (n, n)
+    d_train[train.clip_index[:, None] == train.clip_index] = np.inf
+
+    # Scores of all windows. A clip has the score of its most anomalous window.
+    domain = np.array([clip.domain or "" for clip in train_clips])[train.clip_index]  # (n,)
+    scores, train_scores = anomaly_scores(d_test, d_train, domain, args.k, args.normalize)
+    worst_windows = most_anomalous(scores, test.clip_index)  # (n_test_clips,)
+    train_clip_scores = train_scores[most_anomalous(train_scores, train.clip_index)]
+
+    # Threshold. It is low for a trained model: training has drawn just these clips together, so
+    # more than 10 % of new normal clips may be above it.
+    threshold = np.percentile(train_clip_scores, args.percentile)
+
+    # Results: one row for each test clip. Its nearest training clip is the one at the smallest
+    # plain distance, also where the score is normalised.
+    rows = []
+    for clip, window in zip(test_clips, worst_windows):
+        nearest_window = d_test[window].argmin()
+        rows.append(
+            {
+                "test_clip": clip.path.name,
+                "score": float(scores[window]),
+                "threshold": float(threshold),
+                "alarm": int(scores[window] > threshold),
+                "nearest_training_clip": train_clips[train.clip_index[nearest_window]].path.name,
+                "distance": float(d_test[window, nearest_window]),
+                "at_seconds": float(test.start[window] / data.SAMPLE_RATE),
+                "nearest_at_seconds": float(train.start[nearest_window] / data.SAMPLE_RATE),
+            }
+        )
+    suspects = suspicious_training_clips(d_train, train, train_clips)
+    write_results(machine, rows, suspects, train_clip_scores, scoring, args)
 
 
-def score_machine(machine: str, model: Embedder, model_id: str, args: argparse.Namespace) -> None:
-    """Score one machine, from its clips to its files."""
-    train_clips, test_clips = clips_to_judge(machine, args)  # {clip: checksum of its file}
-    kept = kept_embeddings(machine, train_clips | test_clips, model, model_id, args)
-    # For each window: its embedding, the index of its clip, its first sample.
-    train, train_id, train_start = stacked(kept, train_clips)
-    test, test_id, test_start = stacked(kept, test_clips)
+# Two ways to make distances comparable, for --normalize. They tend to be smaller among the many
+# source clips than among the few target clips, and in sparse regions even a normal sound is far
+# from the next.
 
-    domain = np.array([clip.domain for clip in train_clips])[train_id]
-    scores, train_scores = anomaly_scores(test, train, train_id, domain, args.k, args.normalize)
-    worst = most_anomalous(scores, test_id)  # a window of each test clip
-    clip_scores = scores[worst]
-    train_clip_scores = train_scores[most_anomalous(train_scores, train_id)]
-    alarms, threshold = decide(clip_scores, train_clip_scores, args.percentile)
-
-    d = distances(test[worst], train)
-    near = d.argmin(axis=1)  # a training window for each test clip, by plain distance
-    train_names = np.array([clip.path.name for clip in train_clips])
-    report = {
-        "test_clip": np.array([clip.path.name for clip in test_clips]),
-        "score": clip_scores,
-        "threshold": np.full(len(worst), threshold),
-        "alarm": alarms.astype(int),
-        "nearest_training_clip": train_names[train_id[near]],
-        "distance": d.min(axis=1),
-        "at_seconds": test_start[worst] / data.SAMPLE_RATE,
-        "nearest_at_seconds": train_start[near] / data.SAMPLE_RATE,
-    }
-    write_results(machine, report, train_clip_scores, model_id, args)
+DENSITY_K = 4  # neighbours: ASDKit's default (k_ref_normalize)
 
 
-DENSITY_K = 4  # neighbours: ASDKit's default for --normalize density (k_ref_normalize)
-
-
-def normalised(
-    d_test: np.ndarray, d_train: np.ndarray, domain: np.ndarray, k: int, normalize: str
+def density_scores(
+    d_test: np.ndarray, d_train: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of the test windows (m,) and of the training windows (n,) under --normalize.
+    """Divide d(x, y) by ρ(y), the mean distance of y to its nearest neighbours from other clips
+    (Wilkinghoff et al. 2025, arXiv 2509.10951).
 
-    Distances tend to be smaller among the many source clips than among the few target clips, and in
-    sparse regions even a normal sound is far from the next. Two ways to make them comparable:
-
-    density  d(x, y) / ρ(y), where ρ(y) is the mean distance of y to its nearest neighbours from
-             other clips (Wilkinghoff et al. 2025, arXiv 2509.10951)
-    test     min over the domains of (score - μ) / σ, with a bank for each domain, and μ and σ of
-             all test windows' scores against that bank (from RMIS, code of the paper's lab). This
-             is TRANSDUCTIVE: each score depends on the whole test set. Later rules forbid it.
-
-    When a training clip is scored, its windows leave the bank; ρ, μ and σ stay as they are.
-    ValueError: too few clips, or test scores that do not vary.
+    When a training clip is scored, ρ stays as it is.
     """
-    if normalize == "density":
-        rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
-        return nearest(d_test / rho, k), nearest(d_train / rho, k)
+    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
+    return nearest(d_test / rho, k), nearest(d_train / rho, k)
 
-    of_test, of_train = [], []  # --normalize test
-    for name in ("source", "target", None):  # None: not known
+
+def standardised_scores(
+    d_test: np.ndarray, d_train: np.ndarray, domain: np.ndarray, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """min over the domains of (score - μ) / σ, where a score is the distance to the training clips
+    of that domain, and μ and σ are over all test windows (from RMIS, code of the paper's lab).
+
+    TRANSDUCTIVE: each score depends on the whole test set. Later challenge rules forbid it.
+    Raises ValueError if the test scores do not vary.
+    """
+    all_test, all_train = [], []
+    for name in np.unique(domain):
         bank = domain == name  # (n,) bool: these columns of the distances
-        if bank.any():
-            scores, train_scores = nearest(d_test[:, bank], k), nearest(d_train[:, bank], k)
-            mean, std = scores.mean(), scores.std()
-            if std < 1e-9:
-                raise ValueError("--normalize test needs test clips whose scores vary")
-            of_test.append((scores - mean) / std)
-            of_train.append((train_scores - mean) / std)
-    return np.min(of_test, axis=0), np.min(of_train, axis=0)
+        test_scores, train_scores = nearest(d_test[:, bank], k), nearest(d_train[:, bank], k)
+        mean, std = test_scores.mean(), test_scores.std()
+        if std < 1e-9:
+            raise ValueError("--normalize test needs test clips whose scores vary")
+        all_test.append((test_scores - mean) / std)
+        all_train.append((train_scores - mean) / std)
+    return np.min(all_test, axis=0), np.min(all_train, axis=0)
 
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-import contextlib
-import json
-import shlex
-import time
 
-from tqdm import tqdm
+def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip]]:
+    """The training clips, of which identical files count once, and the test clips.
 
-import evaluate
-from lora import merge_lora
-
-SAVE_EVERY = 60  # seconds: how often embeddings are saved while they come
-
-
-def clips_to_judge(machine: str, args: argparse.Namespace) -> tuple[dict, dict]:
-    """-> the training clips, of copies only one, and the test clips: {clip: checksum}.
-
-    Says what is judged, and what is left out. Errors: see list_clips.
+    A copy among the training clips would be its own neighbour. Prints what is read and what is not.
     """
-    clips, said = {}, {}
-    for split in ("train", "test"):
-        listed = data.list_clips(args.data, machine, split)
-        clips[split] = {clip: data.file_digest(clip.path) for clip in listed}
-        said[split] = f"{len(listed)} {split} clips"
-        others = set(listed[0].path.parent.glob("[!.]*")) - {clip.path for clip in listed}
-        if others:
-            names = sorted(path.name for path in others)
-            said[split] += f" ({len(names)} not read: {', '.join(names[:10])})"
-    bank = {digest: clip for clip, digest in clips["train"].items()}
-    if copies := len(clips["train"]) - len(bank):
-        said["train"] += f" ({copies} copies)"
-    if copies := sum(digest in bank for digest in clips["test"].values()):
-        said["test"] += f" ({copies} copies of train clips)"
-    print(f"{machine}: {said['test']} against {said['train']}")
-    return {clip: digest for digest, clip in bank.items()}, clips["test"]
+    listed = data.list_clips(root, machine, "train")
+    test = data.list_clips(root, machine, "test")
+    train = {data.file_digest(clip.path): clip for clip in listed}  # key: the file's content
+    copies = len(listed) - len(train)
+    copies += sum(data.file_digest(clip.path) in train for clip in test)
+    read = {clip.path for clip in listed + test}
+    not_read = [path.name for path in sorted((root / machine).glob("t*/[!.]*")) if path not in read]
+    notes = []
+    if not_read:
+        notes.append(f"not read: {', '.join(not_read[:10])}")
+    if copies:
+        notes.append(f"copies of training clips: {copies}")
+    note = f" ({'; '.join(notes)})" if notes else ""
+    print(f"{machine}: test clips {len(test)}, training clips {len(listed)}{note}")
+    if len(train) < 2:
+        raise ValueError(f"{machine} needs at least 2 training clips, to judge each by the other")
+    return list(train.values()), test
 
 
-def sound_of(clip: Clip) -> tuple[float, float, int]:
-    """Seconds, level in dB (0 is full scale), and the file's Hz. ValueError: see decode."""
-    wave, rate = data.decode(clip.path)
-    return len(wave) / rate, 10 * (wave.square().mean() + 1e-12).log10().item(), rate
-
-
-def say_what_is_unlike(machine: str, sounds: dict) -> None:
-    """A line each on length, level and sample rate unlike those of most training clips."""
-    clips = list(sounds)
-    in_train = np.array([clip.split == "train" for clip in clips])
-    measures = [("length", "s", 0.5), ("level", "dB", 6), ("sample rate", "Hz", 0)]
-    for values, (what, unit, slack) in zip(np.transpose([*sounds.values()]), measures):
-        low, high = np.percentile(values[in_train], [5, 95]).round(1)
-        unlike = np.flatnonzero((values < low - slack) | (values > high + slack))
-        named = [f"{clips[i].split}/{clips[i].path.name} ({values[i]:.6g})" for i in unlike]
-        if named:
-            usual = f"most training clips have {low:g} to {high:g} {unit}"
-            what = f"{len(named)} of unusual {what} ({usual})"
-            print(f"note: {machine}: {what}: {', '.join(named[:10])}")
-
-
-def kept_embeddings(machine: str, clips: dict, model: Embedder, model_id: str, args) -> dict:
-    """{clip: checksum} -> {clip: (embeddings of its windows (n, D), where they start, its sound)}.
-
-    They are kept in the run folder under model and content, also after Ctrl-C. Only new clips are
-    read: first all are decoded, so that a bad file is named at once. Says what is unlike.
+def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[Clip]) -> list[dict]:
+    """The three training clips that differ most from the others: by the mean distance of a clip's
+    worst window to the 20 nearest windows of other clips (or to fewer, where there are fewer).
     """
-    file = args.run / f"embeddings_{machine}.pt"
-    kept = training.load(file) if file.exists() else {}
-    keys = {clip: f"{model_id} {digest}" for clip, digest in clips.items()}
-    sounds = {key: kept[key][2] if key in kept else sound_of(clip) for clip, key in keys.items()}
-    say_what_is_unlike(machine, {clip: sounds[key] for clip, key in keys.items()})
-    new = {key: clip for clip, key in keys.items() if key not in kept}
-    if new:
-        training.save(file, kept)  # a folder that cannot be written to is noticed now
-        windows = embed(model, list(new.values()), args.batch_size, args.workers)
-        by_clip = tqdm(groupby(windows, itemgetter(0)), machine, len(new), disable=None)
-        saved = time.monotonic()
-        try:
-            for (_, of_clip), key in zip(by_clip, new):
-                _, starts, e = zip(*of_clip)
-                kept[key] = (torch.from_numpy(np.stack(e)), list(starts), sounds[key])
-                if time.monotonic() - saved > SAVE_EVERY:
-                    training.save(file, kept)
-                    saved = time.monotonic()
-        finally:
-            training.save(file, {key: kept[key] for key in keys.values() if key in kept})
-    return {clip: kept[key] for clip, key in keys.items()}
+    available = np.isfinite(d_train).sum(axis=1).min()
+    distance = nearest(d_train, min(20, available))
+    worst = most_anomalous(distance, train.clip_index)
+    times = distance[worst] / max(np.median(distance[worst]), 1e-6)
+    suspects = []
+    for i in np.argsort(-times)[:3]:
+        at = train.start[worst[i]] / data.SAMPLE_RATE
+        suspects.append({"clip": clips[i].path.name, "times_median": times[i], "at_seconds": at})
+    return suspects
 
 
-def stacked(kept: dict, clips: dict) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    e, starts, _ = zip(*(kept[clip] for clip in clips))
-    clip_id = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
-    return np.concatenate(e), clip_id, np.concatenate(starts)
+SUSPECTS = """Training clips that differ most from the others, and how many times the median. Listen
+to these too: a fault among the healthy clips hides faults. A group of faulty clips that resemble
+each other does not show here."""
 
 
 def write_results(
-    machine: str, report: dict, train_scores: np.ndarray, model_id: str, args: argparse.Namespace
-) -> None:
-    """The CSV files, and the ten highest scores. The old picture and metrics.csv are removed."""
-    for old in (args.run / f"{machine}.png", args.run / "metrics.csv"):
-        old.unlink(missing_ok=True)
-    report = {name: column.tolist() for name, column in report.items()}
-    names, end = report["test_clip"], f"{machine}_section_00_test.csv"
-    data.write_csv(args.run / f"anomaly_score_{end}", zip(names, report["score"]))
-    data.write_csv(args.run / f"decision_result_{end}", zip(names, report["alarm"]))
-    rows = sorted(zip(*report.values()), key=lambda row: -row[1])
-    data.write_csv(args.run / f"report_{machine}.csv", [list(report), *rows])
-    how = f"{model_id.split()[0]}, normalize {args.normalize}, k {args.k}"
-    how += f", percentile {args.percentile:g}" + ", TRANSDUCTIVE" * (args.normalize == "test")
-    with data.whole_file(args.run / f"scoring_{machine}.json", "w") as file:
-        json.dump({"scored_with": how, "data": str(args.data)}, file)  # for evaluate.py
+    machine: str, rows: list[dict], suspects: list[dict], train_scores, scoring, args
+):
+    """All files of a machine. How it was scored is removed first and written last, so that it never
+    stands beside the scores of another scoring.
+    """
+    run, root, suffix = args.run, Path(scoring["data"]), f"{machine}_section_00_test.csv"
+    for name in (f"scoring_{machine}.json", f"{machine}.png", "metrics.csv"):
+        (run / name).unlink(missing_ok=True)
+    scores = [(row["test_clip"], row["score"]) for row in rows]
+    decisions = [(row["test_clip"], row["alarm"]) for row in rows]
+    data.write_csv(run / f"anomaly_score_{suffix}", scores)
+    data.write_csv(run / f"decision_result_{suffix}", decisions)
 
-    print(f"{machine}: {sum(report['alarm'])} above the threshold of {rows[0][2]:.4g} ({how})")
-    print("     score     from         the ten highest, and the nearest training clip of each")
-    for name, score, _, alarm, near, _, seconds, _ in rows[:10]:
-        print(f"  {score:8.4g}  {seconds:5.0f} s  {'ALARM' if alarm else '     '}  {name} | {near}")
+    rows = sorted(rows, key=itemgetter("score"), reverse=True)
+    data.write_csv(run / f"report_{machine}.csv", [rows[0].keys(), *[row.values() for row in rows]])
+    names = [row["test_clip"] for row in rows]
+    is_anomaly = evaluate.known_labels(machine, names, root)
     if args.plot:
-        plot(args.run / f"{machine}.png", machine, rows, train_scores, args.data)
+        plot(run / f"{machine}.png", machine, rows, train_scores, is_anomaly, root)
+    how = f"{evaluate.words(scoring['scored_with'])}, percentile {args.percentile:g}"
+    alarms = f"{sum(row['alarm'] for row in rows)} of {len(rows)}"
+    summary = f"above the threshold of {rows[0]['threshold']:.4g}: {alarms} ({how})"
+    page = make_page(machine, summary, rows[:10], suspects, root, run)
+    data.write(run / f"report_{machine}.html", page.encode("utf-8", "backslashreplace"))
+    data.write(run / f"scoring_{machine}.json", json.dumps(scoring, indent=1).encode())
+
+    print(summary)
+    print("     score     from         the ten highest, and the nearest training clip of each")
+    for row in rows[:10]:
+        alarm = "ALARM" if row["alarm"] else "     "
+        clips = f"{row['test_clip']} | {row['nearest_training_clip']}"
+        print(f"  {row['score']:8.4g}  {row['at_seconds']:5.0f} s  {alarm}  {clips}")
+    print(SUSPECTS)
+    for suspect in suspects:
+        times, seconds = suspect["times_median"], suspect["at_seconds"]
+        print(f"  {times:8.3g}  {seconds:5.0f} s         {suspect['clip']}")
+    print(f"to listen, open {run / f'report_{machine}.html'} in a browser")
+    if is_anomaly is not None:
+        evaluation = ["python", "evaluate.py", "--machine", machine, "--run", str(run)]
+        print(f"next: {shlex.join(evaluation)}")
 
 
-def plot(path: Path, machine: str, rows: list[tuple], train_scores: np.ndarray, root: str) -> None:
-    """All scores, and the three highest clips beside their nearest training clips."""
-    from matplotlib.figure import Figure  # optional: see requirements.txt
-
-    figure = Figure(figsize=(8, 9), layout="constrained")
-    grid = figure.add_gridspec(4, 2, height_ratios=[1.6, 1, 1, 1])
-    top = figure.add_subplot(grid[0, :])
-    names, scores, thresholds, *_ = zip(*rows)
-    places = np.linspace(0, len(rows) - 1, len(train_scores))
-    top.plot(places, -np.sort(-train_scores), ".", color="silver", label="training clips")
-    colours, label = "tab:blue", "test clips"
-    with contextlib.suppress(ValueError):  # labels are missing or wrong: evaluate.py says which
-        is_anomaly, _ = evaluate.labels_of(machine, names, root)
-        colours = ["tab:red" if anomalous else "tab:green" for anomalous in is_anomaly]
-        label = "test clips (green: normal, red: anomalous)"
-    top.scatter(range(len(rows)), scores, s=12, c=colours, zorder=2, label=label)
-    top.axhline(thresholds[0], color="black", linestyle="--", label="threshold")
-    top.set(title=machine, xlabel="clips, the highest scores first", ylabel="anomaly score")
-    top.legend()
-    for i, (name, score, _, _, near, _, at, near_at) in enumerate(rows[:3], 1):
-        clip, near = Path(root, machine, "test", name), Path(root, machine, "train", near)
-        draw_clip(figure.add_subplot(grid[i, 0]), clip, at, f"no. {i}, score {score:.3g}")
-        draw_clip(figure.add_subplot(grid[i, 1]), near, near_at, "its nearest training clip")
-    with data.whole_file(path) as file:
-        figure.savefig(file, format="png", dpi=110)
+PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
+<meta name="viewport" content="width=device-width"><style>
+body { font: 16px sans-serif; max-width: 60em; margin: auto; padding: 1em }
+td, th { border-top: 1px solid #aaa; padding: .5em; text-align: left; overflow-wrap: anywhere }
+table, audio { width: 100% } img { width: 100%; max-width: 45em } th { vertical-align: bottom }
+@media (max-width: 40em) { td, th { display: block; border: 0 } tr { border-top: 1px solid #aaa } }
+</style>"""
 
 
-def draw_clip(axes, path: Path, seconds: float, what: str) -> None:
-    wave = data.read_wav(path)[round(seconds * data.SAMPLE_RATE) :]
+def make_page(machine: str, summary: str, rows: list[dict], suspects: list[dict], root, run) -> str:
+    """A page to listen to. Its players point to the recordings, relative to the run folder."""
+
+    def player(split: str, name: str, start: float) -> str:
+        path = quote(os.fsencode(os.path.relpath(root / machine / split / name, run)))
+        source = f"{path}#t={start:.2f},{start + SECONDS:.2f}"  # a media fragment: from, to
+        text = f"{html.escape(name)}, from {start:.0f} s"
+        return f'{text}<br><audio controls preload="none" src="{source}"></audio>'
+
+    title = html.escape(machine)
+    lines = [PAGE, f"<title>{title}</title><h1>{title}</h1><p>{html.escape(summary)}</p>"]
+    if (run / f"{machine}.png").exists():
+        lines.append(f'<img src="{quote(os.fsencode(machine))}.png" alt="scores, spectrograms">')
+    lines.append("<table><tr><th>score<th>test clip<th>the training clip that it resembles most")
+    for number, row in enumerate(rows, 1):
+        alarm = "<b>ALARM</b>" if row["alarm"] else ""
+        clip = player("test", row["test_clip"], row["at_seconds"])
+        near = player("train", row["nearest_training_clip"], row["nearest_at_seconds"])
+        lines.append(f"<tr><td>{number}. {row['score']:.4g} {alarm}<td>{clip}<td>{near}")
+    lines.append(f"</table><p>{SUSPECTS}</p><table>")
+    for suspect in suspects:
+        clip = player("train", suspect["clip"], suspect["at_seconds"])
+        lines.append(f"<tr><td>{suspect['times_median']:.3g}<td>{clip}")
+    return "\n".join([*lines, "</table></html>\n"])
+
+
+def plot(path: Path, machine: str, rows: list[dict], train_scores, is_anomaly, root) -> None:
+    """The scores of all clips; below, the three highest clips beside their nearest ones."""
+    from matplotlib.figure import Figure  # optional, so it is not imported at the top
+
+    scores = np.array([row["score"] for row in rows])
+    dots = [("training clips", train_scores, "#777777")]
+    if is_anomaly is None:
+        dots.append(("test clips", scores, "#0072B2"))
+    else:
+        dots.append(("normal clips", scores[~is_anomaly], "#0072B2"))
+        dots.append(("anomalous clips", scores[is_anomaly], "#D55E00"))
+
+    figure = Figure(figsize=(5, 8), layout="constrained")
+    grid = figure.add_gridspec(4, 2, height_ratios=[1.8, 1, 1, 1])
+    axes = figure.add_subplot(grid[0, :])
+    for y, (name, values, colour) in enumerate(dots):
+        axes.plot(values, y + np.linspace(-0.2, 0.2, len(values)), ".", color=colour)
+        axes.annotate(name, (0.99, y + 0.25), xycoords=("axes fraction", "data"), ha="right")
+    axes.axvline(rows[0]["threshold"], color="black", linestyle="--")
+    axes.set(xlabel="anomaly score (dashed: the threshold)", yticks=[], ylim=(-0.4, y + 0.6))
+    title = machine.encode("utf-8", "backslashreplace").decode()
+    axes.set_title(f"{title}: each dot is a clip", parse_math=False)
+    for i, row in enumerate(rows[:3], 1):
+        clip = root / machine / "test" / row["test_clip"]
+        near = root / machine / "train" / row["nearest_training_clip"]
+        left = draw(figure.add_subplot(grid[i, 0]), clip, row["at_seconds"])
+        right = draw(figure.add_subplot(grid[i, 1]), near, row["nearest_at_seconds"])
+        left.axes.set(title=f"no. {i}: {row['score']:.3g}", ylabel="kHz")
+        right.axes.set(title="its nearest")
+        right.set_clim(*left.get_clim())  # one colour scale for a pair
+    left.axes.set(xlabel="seconds")
+    right.axes.set(xlabel="seconds")
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", dpi=150)
+    data.write(path, picture.getvalue())
+
+
+def draw(axes, path: Path, start: float):
+    """The spectrogram of a window, in seconds and kHz."""
+    wave = data.read_wav(path)[round(start * data.SAMPLE_RATE) :][: data.WINDOW]
     n_frames = 1 + (len(wave) - data.FRAME) // data.HOP  # without the padding
     x = data.spectrogram(wave)[:n_frames].numpy()
-    axes.imshow(x.T, origin="lower", aspect="auto", vmin=-1, vmax=1.2, cmap="magma")
-    axes.set_title(f"{what}, from {seconds:.1f} s\n{path.name}", fontsize=8, parse_math=False)
-    axes.set(xlabel="frames of 10 ms", ylabel="mel bins up to 8 kHz")
+    extent = (start, start + len(wave) / data.SAMPLE_RATE, 0, data.N_MELS)
+    khz = np.array([0.5, 1, 2, 4, 8])
+    mel = np.log1p(np.array([20, *1000 * khz]) / 700)  # the first and last bins are at its ends
+    axes.set_yticks(data.N_MELS * (mel[1:] - mel[0]) / (mel[-1] - mel[0]), [f"{f:g}" for f in khz])
+    return axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, cmap="cividis")
 
 
-def make_parser() -> argparse.ArgumentParser:
-    about = "Score test clips by their distance to normal training clips."
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    about = "Score test clips by their distance to normal training clips. Defaults are in brackets."
     parser = argparse.ArgumentParser(description=about)
+    data.add_machine(parser)
     add = parser.add_argument
-    add("--machine", nargs="+", required=True, metavar="NAME", help="names, or dev, eval, all")
-    add("--run", metavar="DIR", help="read and written (runs/[pretrained-][mean-]<names>)")
-    add("--data", metavar="DIR", help="holds <machine>/{train,test}/*.wav (the run's, or data)")
-    add("--weights", metavar="FILE", help=f"of the AST (the run's, or {backbone.WEIGHTS})")
-    add("--pretrained", action="store_true", help="the AST as it is: no training")
-    what = "with --pretrained: average of the class tokens or of the patches (cls) [our choice]"
-    add("--pooling", choices=["cls", "mean"], help=what)
-    add("--k", type=training.positive, default=1, help="neighbours (%(default)s) [same lab]")
-    what = "by density, or by the test scores: transductive (%(default)s) [same lab]"
-    add("--normalize", default="none", choices=["none", "density", "test"], help=what)
-    what = "percentile of the training clips' scores that is the threshold (90) [our choice]"
-    add("--percentile", type=float, default=90.0, metavar="P", help=what)
-    training.add_hardware(add)
-    add("--batch-size", type=training.positive, default=32, help="windows at once (%(default)s)")
-    add("--plot", action="store_true", help="draw <machine>.png; needs matplotlib")
-    return parser
+    add("--run", metavar="DIR", help="run folder (runs/<names>, or runs/pretrained-<names>)")
+    text = "with <machine>/{train,test}/*.wav (that of the training, or data)"
+    add("--data", metavar="DIR", help=text)
+    text = f"pre-trained AST (that of the training, or {backbone.WEIGHTS})"
+    add("--weights", metavar="FILE", help=text)
+    add("--pretrained", action="store_true", help="score with the pre-trained AST, not with a run")
+    text = "with --pretrained: mean of the class tokens, or of the patches (cls)"
+    add("--pooling", choices=["cls", "mean"], help=text)
+    add("--k", type=data.positive, default=1, help="nearest neighbours (%(default)s)")
+    text = "make domains comparable by density, or by the test scores: transductive (%(default)s)"
+    add("--normalize", default="none", choices=["none", "density", "test"], help=text)
+    text = "percentile of the training clips' scores that is the threshold, 1 to 100 (90)"
+    add("--percentile", type=percentile, default=90.0, metavar="P", help=text)
+    text = "draw <machine>.png, which the page then shows; needs matplotlib"
+    add("--plot", action="store_true", help=text)
+    data.add_hardware(parser)
+    text = "clips read at once, and windows in the network; an hour of sound takes 0.4 GB (8)"
+    add("--batch-size", type=data.positive, default=8, help=text)
+    args = parser.parse_args(argv)
+    if args.pooling and not args.pretrained:
+        parser.error("--pooling goes with --pretrained: a trained model has its own")
+    kind = "pretrained-" if args.pretrained else ""
+    if args.pooling == "mean":
+        kind += "mean-"
+    args.run = Path(args.run or f"runs/{kind}{'+'.join(args.machine)}")
+    return args
 
 
-def load_model(args: argparse.Namespace, machines: list[str]) -> tuple[Embedder, str]:
-    """-> (the model, what identifies it); fills in --data. Errors: also those of load_run."""
+def percentile(text: str) -> float:
+    """The type of an argument. Raises ValueError below 1: was 0.9 meant to be 90?"""
+    if not 1 <= float(text) <= 100:
+        raise ValueError
+    return float(text)
+
+
+def load_model(args: argparse.Namespace) -> tuple[Embedder, str, dict]:
+    """-> the model, what identifies it, and how it will score, for scoring_<machine>.json."""
+    how = {"k": args.k, "normalize": args.normalize}
+    scoring = {"percentile": args.percentile}
     if args.pretrained:
         weights, pooling = args.weights or backbone.WEIGHTS, args.pooling or "cls"
-        args.data = args.data or "data"
+        data.make_folder(args.run)
         backbone.fetch_weights(weights)
         model = Embedder(load_ast(weights), pooling, embedding=None)
-        return model.to(args.device), f"pretrained-{pooling} {data.file_digest(weights)}"
-
-    if args.pooling:
-        raise ValueError("--pooling goes with --pretrained; a trained run has its own")
-    model, trained = training.load_run(args.run, args.weights)
-    args.data = args.data or trained.data
-    if not set(machines) <= set(data.machine_names(trained.machine)):
-        raise ValueError(f"{args.run} was trained on no other than {' '.join(trained.machine)}")
-    merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
-    digest = data.file_digest(args.run / "adapter.pt")
-    return model.to(args.device), f"adapter-{trained.precision} {digest}"
+        digest = data.file_digest(weights)
+        setting = {"weights_sha256": digest, "pooling": pooling}
+        scoring["data"] = args.data or "data"
+        how |= {"model": "pretrained", "setting": setting}
+        identity = f"{pooling} {digest}"
+    else:
+        run = load_run(args.run, args.weights)
+        other = set(data.machine_names(args.machine)) - set(run.setting["machine"])
+        if other:
+            raise ValueError(f"{args.run} was not trained on {' '.join(sorted(other))}")
+        data.make_folder(args.run)
+        model = run.model
+        lora.merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
+        scoring |= {"data": args.data or run.data, "adapter_sha256": run.digest}
+        how |= {"model": "trained", "setting": run.setting}
+        identity = run.digest
+    for module in (data, lora, backbone):
+        identity += f" {data.file_digest(module.__file__)}"
+    return model.to(args.device), identity, scoring | {"scored_with": how}
 
 
 def main(argv: list[str] | None = None) -> None:
-    args = make_parser().parse_args(argv)
-    kind = "pretrained-" * args.pretrained + "mean-" * (args.pooling == "mean")
-    args.run = Path(args.run or f"runs/{kind}{'+'.join(args.machine)}")
+    args = parse_args(argv)
     with data.one_line_errors():
-        machines = data.machine_names(args.machine)
-        model, model_id = load_model(args, machines)
-        args.run.mkdir(parents=True, exist_ok=True)
-        for machine in machines:
-            data.fetch(machine, args.data)
-            score_machine(machine, model, model_id, args)
-    evaluation = ["python", "evaluate.py", "--machine", *args.machine, "--run", str(args.run)]
-    print(f"wrote {args.run}; next: {shlex.join(evaluation)}")
+        if args.plot and importlib.util.find_spec("matplotlib") is None:
+            raise ImportError("--plot needs matplotlib: pip install matplotlib")
+        print(f"device: {data.device_name(args.device)}")
+        model, model_id, scoring = load_model(args)
+        for machine in data.machine_names(args.machine):
+            data.fetch(machine, scoring["data"])
+            score_machine(machine, model, model_id, scoring, args)
 
 
 if __name__ == "__main__":
