@@ -3,15 +3,14 @@
 In DCASE2023 Task 2 a clip is called, for example,
 fan/test/section_00_target_test_anomaly_0022_m-n_W.wav. From left to right:
 
-    machine     the type of machine, fan: a folder with the folders train and test
+    machine     a type of machine: a folder with the folders train and test
     section     a subset of the machine's clips; in 2023 there is only section 00
-    domain      source, the usual recording conditions (990 training clips of a machine), or
-                target, changed conditions (10 training clips). Test clips come from both, and a
-                detector must not use a test clip's domain.
+    domain      source, the usual recording conditions, or target, changed ones, which only 10 of
+                1,000 training clips are from. A detector must not use a test clip's domain.
     attributes  how the machine ran or was recorded, m-n_W: its speed, its load, the microphone
 
-All training clips are normal. The names of test clips say normal or anomaly for the seven machines
-of the development set (dev). Those of the seven machines of the evaluation set (eval) do not.
+All training clips are normal. The names of test clips say normal or anomaly for seven machines (the
+development set, dev), but not for the other seven (the evaluation set, eval).
 
 A clip goes through these stages:
 
@@ -81,9 +80,7 @@ CLIP_NAME = (
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """Read <machine>/<split>/<name>. A name of any other form, such as section_00_0000.wav of the
-    eval machines or a name of your own, says nothing.
-    """
+    """Read <machine>/<split>/<name>. Other names, such as section_00_0000.wav, say nothing."""
     path = Path(path)
     domain = label = attributes = None
     if match := re.fullmatch(CLIP_NAME, path.name):
@@ -97,21 +94,23 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
     """The clips in root/machine/split, sorted by name. Hidden files are left out.
 
     Raises FileNotFoundError if there are none, and ValueError for anomalies among training clips,
-    for several sections in one folder, and for a name that only nearly follows the challenge's
-    form: its attributes would be lost in silence.
+    for several sections, and for a name that is nearly in the challenge's form: its attributes
+    would be lost in silence.
     """
     folder = Path(root) / machine / split
     paths = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() == ".wav"]
-    clips = [parse_clip(path) for path in paths]
-    if not clips:
+    if not paths:
         raise FileNotFoundError(f"no WAV files in {folder}")
-    if split == "train" and any(clip.is_anomaly for clip in clips):
-        raise ValueError(f"{folder} has clips named anomaly, but training needs normal clips only")
+    clips = [parse_clip(path) for path in paths]
+    sections = set()
     for clip in clips:
-        if clip.domain is None and re.match(r"section_\d+_(source|target)_", clip.path.name):
-            example = f"section_00_source_{split}_normal_0001_speed-2.wav"
-            raise ValueError(f"{clip.path} is not named quite like {example}: rename it")
-    sections = {match[0] for path in paths if (match := re.match(r"section_\d\d(?=_)", path.name))}
+        if split == "train" and clip.is_anomaly:
+            raise ValueError(f"{clip.path} is an anomaly by its name: train on normal clips only")
+        if section := re.match(r"section_\d+(?=_)", clip.path.name):
+            sections.add(section[0])
+            if clip.domain is None and re.search("_(source|target)_", clip.path.name):
+                right = f"section_00_source_{split}_normal_0001_speed-2.wav"
+                raise ValueError(f"{clip.path} is not quite named like {right}: rename it")
     if len(sections) > 1:
         raise ValueError(f"{folder} has clips of {len(sections)} sections: make a folder for each")
     return clips
@@ -120,9 +119,9 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 def read_wav(path: str | Path) -> Tensor:
     """Read a WAV file of any rate as mono, 16 kHz, in [-1, 1]: (n_samples,) float32.
 
-    Channels are averaged, as in the challenge's baseline. Raises ValueError, with the file and the
-    reason, for a file that is not WAV, is cut off, is shorter than a frame, has samples that are
-    not finite, or floating-point samples of another scale.
+    Channels are averaged, as in the challenge's baseline. Raises ValueError, with file and reason,
+    if the file is no WAV file, cut off, too short, or has samples that are not finite or not of
+    this scale.
     """
     content = Path(path).read_bytes()
     if not content:
@@ -200,8 +199,8 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
 class TrainingWindows(Dataset):
     """For training: a random window of a clip, (1024, 128), and the clip's class.
 
-    An item is asked for by a pair (i, u) from RandomOrder: the clip's index, and where its window
-    lies, from u = 0 (at the clip's start) to almost 1 (at its end).
+    Its index is a pair (i, u) from RandomOrder: which clip, and where in it the window lies, from
+    u = 0, at the start, to almost 1, at the end.
     """
 
     def __init__(self, clips: list[Clip], labels: list[int]):
@@ -219,10 +218,9 @@ class TrainingWindows(Dataset):
 
 
 class RandomOrder(Sampler):
-    """Yields every clip once, in random order, as a pair (i, u) for TrainingWindows.
+    """Every clip once, in random order, as a pair (i, u) for TrainingWindows.
 
-    Everything random about reading is drawn here, in the main process, so a run does not depend on
-    how many processes read.
+    Both are drawn in the main process, so a run does not depend on how many processes read.
     """
 
     def __init__(self, n_clips: int):
@@ -238,9 +236,7 @@ class RandomOrder(Sampler):
 
 
 class AllWindows(Dataset):
-    """For scoring: dataset[i] is all windows of clip i, (n, 1024, 128), and their starts, in
-    samples.
-    """
+    """For scoring: all windows of clip i, (n, 1024, 128), and their starts, in samples."""
 
     def __init__(self, clips: list[Clip]):
         self.clips = clips
@@ -307,24 +303,19 @@ def machine_names(names: list[str]) -> list[str]:
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--machine",
-        nargs="+",
-        required=True,
-        metavar="NAME",
-        type=lambda name: name.rstrip("/"),
-        help="one or several names, or the groups dev, eval, all",
-    )
+    options = {"nargs": "+", "required": True, "metavar": "NAME"}
+    text = "one or several names, or the groups dev, eval, all"
+    parser.add_argument("--machine", type=lambda name: name.rstrip("/"), help=text, **options)
 
 
-def add_hardware(parser) -> None:
+def add_hardware(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
-    device = "cuda" if gpu else "cpu"
-    text = "cpu, cuda or cuda:1 (default: cuda where there is one)"
-    parser.add_argument("--device", default=device, type=existing_device, help=text)
-    workers = 4 if gpu else 0
-    text = "processes that read WAV files (default: 4 with a GPU, else 0: the main process reads)"
-    parser.add_argument("--workers", default=workers, type=int, metavar="N", help=text)
+    text = "cpu, cuda or cuda:1 (cuda, where there is one)"
+    parser.add_argument(
+        "--device", default="cuda" if gpu else "cpu", type=existing_device, help=text
+    )
+    text = "processes that read WAV files (4 with a GPU, else 0: the main process reads)"
+    parser.add_argument("--workers", default=4 if gpu else 0, type=int, metavar="N", help=text)
 
 
 def existing_device(name: str) -> torch.device:
@@ -335,14 +326,8 @@ def existing_device(name: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{name} cannot be used: {reason}") from error
 
 
-def device_name(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return device.type
-
-
 def positive(text: str) -> int:
-    """The type of an argument; argparse then says "invalid positive value: '0'"."""
+    """The type of an argument: argparse then says "invalid positive value: '0'"."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -350,8 +335,8 @@ def positive(text: str) -> int:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """End in one line on standard error where the user can mend what is wrong. All other errors
-    keep their traceback. A name that the terminal cannot show is printed with escapes.
+    """Errors that a user can mend end in one line; all others keep their traceback. Names that the
+    terminal cannot show are printed with escapes.
     """
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
@@ -366,17 +351,17 @@ def one_line_errors():
         sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-# Files. They are replaced as a whole: a reader never sees half of one.
+# Files
 
 
 def make_folder(folder: Path) -> None:
     """Raises OSError if it cannot be made or written to."""
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryFile(dir=folder):
-        pass
+    tempfile.TemporaryFile(dir=folder).close()
 
 
 def write(path: Path, content: bytes) -> None:
+    """Replace the file as a whole: nobody ever reads half of it."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
@@ -386,7 +371,7 @@ def write(path: Path, content: bytes) -> None:
 
 
 def write_csv(path: Path, rows) -> None:
-    """Without a header, and with lines that end in \\n, as the challenge wants it."""
+    """Lines end in \\n, as in the challenge."""
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write(path, text.getvalue().encode("utf-8", "surrogateescape"))
@@ -399,18 +384,15 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, *keys: str) -> dict:
-    """Load what `save` wrote. Nothing in the file is executed. Raises ValueError if it is damaged
-    or lacks one of the keys.
-    """
+    """Load what `save` wrote, executing nothing. Raises ValueError for any other file."""
     buffer = io.BytesIO(Path(path).read_bytes())
     try:
         content = torch.load(buffer, map_location="cpu", weights_only=True)
         if not set(keys) <= set(content):
             raise KeyError(keys)
     except Exception as error:  # of many kinds, and PyTorch's own advice is to execute the file
-        raise ValueError(
-            f"{path} was not written by this program, or is damaged: delete it"
-        ) from error
+        reason = "was not written by this program, or is damaged: delete it"
+        raise ValueError(f"{path} {reason}") from error
     return content
 
 
@@ -454,8 +436,8 @@ AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo refuses thos
 def fetch(machine: str, root: str | Path) -> None:
     """Download, verify and unpack a machine of DCASE2023 (0.4 GB), unless its folder exists.
 
-    Unpacks into <machine>.part and renames it when it is complete. An evaluation machine also gets
-    the ground truth, which its file names do not tell. Raises what `download` raises.
+    Unpacks into <machine>.part and renames it when it is complete. An eval machine also gets the
+    labels that its file names do not tell. Raises what `download` raises.
     """
     root = Path(root)
     if (root / machine).exists() or machine not in DEV + EVAL:
@@ -505,19 +487,16 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = "Download and verify machines of DCASE2023 Task 2."
-    parser = argparse.ArgumentParser(description=about)
+    parser = argparse.ArgumentParser(description="Download and verify machines of DCASE2023.")
     add_machine(parser)
-    text = "folder for them (default: %(default)s)"
-    parser.add_argument("--data", default="data", metavar="DIR", help=text)
+    parser.add_argument("--data", default="data", metavar="DIR", help="where to (%(default)s)")
     args = parser.parse_args(argv)
     with one_line_errors():
         for machine in machine_names(args.machine):
             fetch(machine, args.data)
-            train = list_clips(args.data, machine, "train")
-            test = list_clips(args.data, machine, "test")
-            folder = Path(args.data) / machine
-            print(f"{folder}: training clips {len(train)}, test clips {len(test)}")
+            train = len(list_clips(args.data, machine, "train"))
+            test = len(list_clips(args.data, machine, "test"))
+            print(f"{args.data}/{machine}: training clips {train}, test clips {test}")
 
 
 if __name__ == "__main__":

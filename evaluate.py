@@ -9,7 +9,7 @@
 AUC is the probability that an anomaly has a higher score than a normal clip: 1/2 is chance. The
 anomalies of both domains count, as in the official code; several public implementations take only
 those of the same domain. Precision, recall and F1 (in metrics.csv) are about the decisions within a
-domain and are not part of the score. Source: github.com/nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
+domain and are not part of the score. Source: nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
 
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± deviation
@@ -231,20 +231,16 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
 
 def same_setting(trials: list[list[dict]]) -> list[list[list[dict]]]:
     """Group the trials by setting. Raises ValueError if a seed stands there twice."""
-    groups = []
+    groups = {}
     for trial in trials:
-        for group in groups:
-            if [row["setting"] for row in trial] == [row["setting"] for row in group[0]]:
-                break
-        else:
-            group = []
-            groups.append(group)
-        for other in group:
-            if trial[0]["seed"] == other[0]["seed"]:
-                run, same = trial[0]["run"], other[0]["run"]
-                raise ValueError(f"{run} has the same setting and seed as {same}")
-        group.append(trial)
-    return groups
+        setting = str([row["setting"] for row in trial])
+        group = groups.setdefault(setting, {})
+        seed = trial[0]["seed"]
+        if seed in group:
+            other = group[seed][0]["run"]
+            raise ValueError(f"{trial[0]['run']} has the same setting and seed as {other}")
+        group[seed] = trial
+    return [list(group.values()) for group in groups.values()]
 
 
 def percent(values: list[float]) -> str:

@@ -109,7 +109,7 @@ def trained_state(model: nn.Module) -> dict[str, Tensor]:
 
 
 def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
-    """Copy `state` into a model that was prepared in the same way. Raises ValueError if it was not."""
+    """Copy `state` into a model that was prepared in the same way; else raise ValueError."""
     here = {name: p.shape for name, p in trained_state(model).items()}
     if here != {name: p.shape for name, p in state.items()}:
         raise ValueError("the saved weights are of other layers, another rank or another size")

@@ -64,20 +64,19 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
     torch.backends.cudnn.allow_tf32 = False
     windows = data.AllWindows(clips)
     for items in DataLoader(windows, batch_size, num_workers=workers, collate_fn=list):
-        # The loader gives the windows of batch_size clips. Long clips have many windows, of which
-        # the network takes batch_size at a time.
+        # These are batch_size clips. Long ones have many windows, so there is a second split.
         x = torch.cat([spectrograms for spectrograms, _ in items])
-        embedded = torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
-        starts = [starts for _, starts in items]
-        for of_clip, at in zip(embedded.split([len(of_clip) for of_clip in starts]), starts):
-            yield of_clip.clone(), at
+        embeddings = torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
+        counts = [len(starts) for _, starts in items]
+        for of_clip, (_, starts) in zip(embeddings.split(counts), items):
+            yield of_clip.clone(), starts
 
 
 def embed_new(model: Embedder, model_id: str, clips: list[Clip], file: Path, args) -> list:
     """What `embed` yields, as a list. Clips that were embedded before are read from `file`.
 
-    An embedding is known by its clip's content, not by its name. All of them are computed anew for
-    another model, or after a change in the source of data.py, lora.py or backbone.py.
+    They are known by their content, not by their names. model_id changes with the model and with
+    the source of data.py, lora.py and backbone.py; then all clips are embedded anew.
     """
     known = {}  # checksum of a clip: (embeddings, starts)
     if file.exists():
@@ -121,10 +120,8 @@ def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """
     found = np.isfinite(d).sum(axis=1).min()
     if k > found:
-        raise ValueError(
-            f"too few training clips: {k} neighbours are needed, "
-            f"but a clip can be compared with only {found} windows of others"
-        )
+        reason = f"a clip has only {found} windows of other clips as neighbours, not {k}"
+        raise ValueError(f"too few training clips: {reason}")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
 
 
@@ -145,7 +142,7 @@ def anomaly_scores(
 
 
 def most_anomalous(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
-    """The index of each clip's highest-scoring window: scores (m,), clip_index (m,) -> (n_clips,)."""
+    """Each clip's highest-scoring window: scores (m,), clip_index (m,) -> indices (n_clips,)."""
     highest = []
     for clip in np.unique(clip_index):
         windows = np.flatnonzero(clip_index == clip)
@@ -260,13 +257,11 @@ def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip]]:
     copies += sum(data.file_digest(clip.path) in train for clip in test)
     read = {clip.path for clip in listed + test}
     not_read = [path.name for path in sorted((root / machine).glob("t*/[!.]*")) if path not in read]
-    notes = []
-    if not_read:
-        notes.append(f"not read: {', '.join(not_read[:10])}")
-    if copies:
-        notes.append(f"copies of training clips: {copies}")
-    note = f" ({'; '.join(notes)})" if notes else ""
-    print(f"{machine}: test clips {len(test)}, training clips {len(listed)}{note}")
+    text = f"{machine}: test clips {len(test)}, training clips {len(listed)}"
+    if not_read or copies:
+        names = ", ".join(not_read[:10]) or "nothing"
+        text += f" (not read: {names}; copies of training clips: {copies})"
+    print(text)
     if len(train) < 2:
         raise ValueError(f"{machine} needs at least 2 training clips, to judge each by the other")
     return list(train.values()), test
@@ -287,9 +282,9 @@ def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[C
     return suspects
 
 
-SUSPECTS = """Training clips that differ most from the others, and how many times the median. Listen
-to these too: a fault among the healthy clips hides faults. A group of faulty clips that resemble
-each other does not show here."""
+SUSPECTS = """Training clips that differ most from the others, and by how many times the median.
+Listen to these too: a fault among the healthy clips hides faults. A group of faulty clips that
+resemble each other does not show here."""
 
 
 def write_results(
@@ -435,8 +430,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--k", type=data.positive, default=1, help="nearest neighbours (%(default)s)")
     text = "make domains comparable by density, or by the test scores: transductive (%(default)s)"
     add("--normalize", default="none", choices=["none", "density", "test"], help=text)
-    text = "percentile of the training clips' scores that is the threshold, 1 to 100 (90)"
-    add("--percentile", type=percentile, default=90.0, metavar="P", help=text)
+    text = "percentile of the training clips' scores that is the threshold (90)"
+    add("--percentile", type=float, default=90.0, metavar="P", help=text)
     text = "draw <machine>.png, which the page then shows; needs matplotlib"
     add("--plot", action="store_true", help=text)
     data.add_hardware(parser)
@@ -445,18 +440,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.pooling and not args.pretrained:
         parser.error("--pooling goes with --pretrained: a trained model has its own")
+    if not 1 <= args.percentile <= 100:
+        parser.error("--percentile is from 1 to 100, such as 90")
     kind = "pretrained-" if args.pretrained else ""
     if args.pooling == "mean":
         kind += "mean-"
     args.run = Path(args.run or f"runs/{kind}{'+'.join(args.machine)}")
     return args
-
-
-def percentile(text: str) -> float:
-    """The type of an argument. Raises ValueError below 1: was 0.9 meant to be 90?"""
-    if not 1 <= float(text) <= 100:
-        raise ValueError
-    return float(text)
 
 
 def load_model(args: argparse.Namespace) -> tuple[Embedder, str, dict]:
@@ -494,7 +484,7 @@ def main(argv: list[str] | None = None) -> None:
     with data.one_line_errors():
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             raise ImportError("--plot needs matplotlib: pip install matplotlib")
-        print(f"device: {data.device_name(args.device)}")
+        print(f"device: {args.device}")
         model, model_id, scoring = load_model(args)
         for machine in data.machine_names(args.machine):
             data.fetch(machine, scoring["data"])

@@ -125,7 +125,7 @@ def train(args: argparse.Namespace) -> None:
     Raises ValueError for clips or settings that cannot be used, for a run folder that was trained
     with other settings, and for a loss that is not finite; FileNotFoundError if there are no clips.
     """
-    print(f"device: {data.device_name(args.device)}")
+    print(f"device: {args.device}")
 
     # Clips and classes.
     machines = sorted(data.machine_names(args.machine))

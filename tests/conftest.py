@@ -41,12 +41,12 @@ FLAGS = ["--weights", "ast.safetensors", "--device", "cpu"]
 
 @pytest.fixture
 def small(tmp_path, monkeypatch):
-    """An empty working folder, and windows of 96 frames instead of 1024: every line runs, in a
-    tenth of the time. A clip of 1 s has 98 frames then, so it is longer than one window.
+    """An empty working folder, and spectrograms of 96 frames instead of 1024: every line runs, in a
+    tenth of the time. A window is 15,000 samples then, so a clip of 1 s is longer than one.
     """
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(data, "N_FRAMES", 96)
-    monkeypatch.setattr(data, "WINDOW", data.FRAME + 95 * data.HOP)
+    monkeypatch.setattr(data, "WINDOW", 15000)
     monkeypatch.setattr(backbone, "N_FRAMES", 96)
     return tmp_path
 
@@ -150,7 +150,7 @@ def write_hums(root: Path, **counts: int) -> None:
 
 def embed_all(model, clips: list[data.Clip], batch_size: int = 4) -> np.ndarray:
     """The embeddings (m, D) of all windows of the clips."""
-    return np.stack([e for _, _, e in score.embed(model, clips, batch_size, 0)])
+    return torch.cat([e for e, _ in score.embed(model, clips, batch_size, 0)]).numpy()
 
 
 def rows_of(path: str | Path) -> list[list[str]]:
@@ -170,22 +170,39 @@ def error_of(main, argv: list[str], capsys) -> str:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files by path; slowly, or cut, where a test says so."""
+    """Serves server.files by path; slowly, or with a fault, where a test says so."""
+
+    protocol_version = "HTTP/1.1"
 
     def do_GET(self):
         server, path = self.server, self.path.split("?")[0]
         server.requests.append(path)
+        self.close_connection = True
         if self.headers.get("User-Agent", "").startswith("Python-"):
             return self.send_error(403)  # as Zenodo has done since January 2026
         if path not in server.files:
             return self.send_error(404)
         content = server.files[path]
+        if server.fault == "no answer":
+            return None
+        if server.fault == "nonsense":
+            return self.wfile.write(b"\0\1\2 nonsense\r\n\r\n")
         self.send_response(200)
-        self.send_header("Content-Length", str(len(content)))
+        if server.fault == "chunked and cut":
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+            return self.wfile.write(b"%x\r\n%s" % (len(content), content[:-5]))
+        self.send_header(
+            "Content-Length", "many" if server.fault == "length" else str(len(content))
+        )
         self.end_headers()
+        if server.fault == "cut":
+            content = content[:-5]
+        if server.fault == "nothing":
+            content = b""
         with contextlib.suppress(OSError):  # the client was killed
-            for i in range(0, len(content[: server.cut_at]), 1 << 14):
-                self.wfile.write(content[i : server.cut_at][: 1 << 14])
+            for i in range(0, len(content), 1 << 14):
+                self.wfile.write(content[i : i + (1 << 14)])
                 time.sleep(server.delay)
 
     def log_message(self, *args):
@@ -196,7 +213,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """Stands for Zenodo, GitHub and Hugging Face."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.requests, server.delay, server.cut_at = {}, [], 0.0, None
+        server.files, server.requests, server.delay, server.fault = {}, [], 0.0, None
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(data, "ZENODO", f"{url}/zenodo")

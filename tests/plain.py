@@ -34,6 +34,7 @@ def mel_frames(wave: Tensor) -> Tensor:
 
 
 def network_input(frames: Tensor) -> Tensor:
+    """Zeros after the 998 frames of 10 s, or fewer."""
     return (F.pad(frames, (0, 0, 0, 1024 - len(frames))) + 4.2677393) / (2 * 4.5689974)
 
 
@@ -76,9 +77,9 @@ def embedding(w: dict, head: dict | None, x: Tensor, scaling: float = 1.0) -> Te
     h = z[:, 2:]
     context = torch.cat([h, h.mean(1, keepdim=True).expand_as(h),
                          h.std(1, correction=0, keepdim=True).expand_as(h)], 2)  # fmt: skip
-    W = torch.cat([head["asp.W1_token.weight"], head["asp.W1_context.weight"]], 1)
-    hidden = torch.tanh(context @ W.T + head["asp.W1_token.bias"])
-    a = (hidden @ head["asp.W2.weight"].T).softmax(1)
+    W = torch.cat([head["pool.W1_token.weight"], head["pool.W1_context.weight"]], 1)
+    hidden = torch.tanh(context @ W.T + head["pool.W1_token.bias"])
+    a = (hidden @ head["pool.W2.weight"].T).softmax(1)
     mean = (a * h).sum(1)
     std = ((a * (h - mean[:, None]) ** 2).sum(1)).sqrt()
     return F.normalize(torch.cat([mean, std], 1) @ head["linear.weight"].T + head["linear.bias"])
@@ -108,8 +109,8 @@ def train(waves, labels, public, *, tuning, epochs, batch, seed, lr, ast_lr, war
             trained[name + ".B"] = torch.zeros(D, rank)
     if tuning == "full":
         trained |= w
-    sizes = {"asp.W1_token": (D, 128, True), "asp.W1_context": (2 * D, 128, False),
-             "asp.W2": (128, D, False), "linear": (2 * D, E, True)}  # fmt: skip
+    sizes = {"pool.W1_token": (D, 128, True), "pool.W1_context": (2 * D, 128, False),
+             "pool.W2": (128, D, False), "linear": (2 * D, E, True)}  # fmt: skip
     head = {}
     for name, (fan_in, fan_out, bias) in sizes.items():
         head[name + ".weight"] = uniform(fan_out, fan_in, bound=1 / math.sqrt(fan_in))
@@ -123,18 +124,19 @@ def train(waves, labels, public, *, tuning, epochs, batch, seed, lr, ast_lr, war
     w |= trained
 
     moments = {}  # of AdamW: parameter -> running means of g and g²
-    ramp = min(warmup, epochs * math.ceil(clips / batch) // 10)
+    ramp = warmup * math.ceil(clips / batch)
     step, log = 0, []
     for epoch in range(1, epochs + 1):
         torch.manual_seed(1_000_000 * seed + epoch)
-        spare = [max(0, 1 + (len(wave) - 400) // 160 - 1024) for wave in waves]
-        first = [int(u * (n + 1)) for u, n in zip(torch.rand(clips), spare)]
+        u = torch.rand(clips).tolist()
         order = torch.randperm(clips).tolist()
         total_loss = 0
         for begin in range(0, clips, batch):
-            members = order[begin : begin + batch]
-            frames = [mel_frames(waves[i])[first[i] : first[i] + 1024] for i in members]
-            x = torch.stack([network_input(part) for part in frames])
+            members, windows = order[begin : begin + batch], []
+            for i, place in zip(members, u[begin : begin + batch]):
+                first = int(place * (max(0, len(waves[i]) - 160000) + 1))
+                windows.append(mel_frames(waves[i][first : first + 160000]))
+            x = torch.stack([network_input(frames) for frames in windows])
             for size, largest in ((1024, masks[0]), (128, masks[1])):  # first all time masks
                 width = torch.randint(largest + 1, (len(members), 1))
                 start = (torch.rand(len(members), 1) * (size - width + 1)).long()
@@ -169,16 +171,15 @@ def train(waves, labels, public, *, tuning, epochs, batch, seed, lr, ast_lr, war
 
 
 def embed(w: dict, head: dict | None, wave: Tensor, scaling: float = 1.0) -> list[np.ndarray]:
-    """The embeddings of the fewest evenly spaced windows of 1024 frames that cover the clip."""
-    frames = mel_frames(wave)
-    count = math.ceil(len(frames) / 1024)
+    """The embeddings of the fewest evenly spaced windows of 10 s that cover the clip."""
+    count = math.ceil(len(wave) / 160000)
     starts = [0]
     if count > 1:
-        starts = [round(i * (len(frames) - 1024) / (count - 1)) for i in range(count)]
+        starts = [round(i * (len(wave) - 160000) / (count - 1)) for i in range(count)]
     windows = []
     with torch.no_grad():
         for s in starts:
-            window = network_input(frames[s : s + 1024])[None]
+            window = network_input(mel_frames(wave[s : s + 160000]))[None]
             windows.append(embedding(w, head, window, scaling)[0].numpy().astype(np.float64))
     return windows
 

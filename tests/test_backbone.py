@@ -2,6 +2,9 @@
 
 import hashlib
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -54,8 +57,10 @@ def test_another_input_shape_is_refused(shape):
 
 
 def test_pooling_tokens_that_are_all_alike_has_a_finite_gradient():
-    pool, tokens = AttentiveStatisticsPooling(8), torch.ones(1, 12, 8, requires_grad=True)
-    pooled = pool(tokens)
+    """The two class tokens are no patches."""
+    pool, tokens = AttentiveStatisticsPooling(8), torch.ones(1, 14, 8)
+    tokens[:, :2] = 100
+    pooled = pool(tokens.requires_grad_())
     assert pooled[0].tolist() == pytest.approx(8 * [1.0] + 8 * [1e-3])
     pooled.sum().backward()
     assert tokens.grad.isfinite().all()
@@ -173,8 +178,25 @@ def test_the_command_fetches_verifies_and_describes(ast, server, tmp_path, monke
     backbone.main([])
     out = capsys.readouterr().out
     assert Path("weights/ast.safetensors").read_bytes() == content
-    sizes = "2 blocks, 64 dimensions, 1214 tokens"
-    assert f"{sizes}, {count_parameters(ast)[1]:,} parameters" in out
+    assert "blocks 2, dimensions 64, tokens 1214" in out
+    assert f"parameters {count_parameters(ast)[1]:,}\n" in out
+
+
+def test_a_mirror_of_the_hub_can_be_named():
+    """HF_ENDPOINT is read when the module is imported, so by another process."""
+    code = "import backbone; print(backbone.WEIGHTS_URL)"
+    environment = os.environ | {"HF_ENDPOINT": "http://mirror.local/hub/"}
+    command = [sys.executable, "-c", code]
+    url = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True).stdout
+    assert url.startswith("http://mirror.local/hub/MIT/ast-finetuned-audioset-10-10-0.4593/")
+
+
+def test_loading_draws_no_random_numbers(ast, tmp_path):
+    write_ast(tmp_path / "ast", ast)
+    before = torch.get_rng_state()
+    loaded = load_ast(tmp_path / "ast")
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(a, b) for a, b in zip(loaded.parameters(), ast.parameters()))
 
 
 def test_the_sizes_that_the_readme_prints():

@@ -116,6 +116,8 @@ WRONG = [
     ({"layers": [3]}, "layer 3 does not exist: there are layers 0-2"),
     ({"layers": [-1]}, "layer -1 does not exist"),
     ({"layers": []}, "name no linear layer"),
+    ({"targets": ["q", "q"]}, "named twice"),
+    ({"layers": [0, 0]}, "named twice"),
     ({"rank": 0}, "rank >= 1"),
     ({"alpha": 0.0}, "alpha > 0"),
     ({"dropout": 1.0}, "dropout < 1"),
@@ -131,10 +133,10 @@ def test_wrong_arguments_are_refused(arguments, message):
 
 def test_a_layer_is_wrapped_once():
     ast = small_ast()
-    add_lora(ast, ["q", "q"], rank=2, alpha=2, layers=[0, 0])
-    assert wrapped(ast) == ["blocks.0.attn.q"]
+    add_lora(ast, ["q"], rank=2, alpha=2, layers=[0])
     with pytest.raises(ValueError, match="name no linear layer"):
         add_lora(ast, ["q"], rank=2, alpha=2, layers=[0])
+    assert wrapped(ast) == ["blocks.0.attn.q"]
 
 
 @pytest.mark.parametrize(
