@@ -41,8 +41,6 @@ from backbone import Embedder, load_ast
 from data import Clip
 from train import load_run
 
-SECONDS = data.WINDOW / data.SAMPLE_RATE  # of a window
-
 
 class Windows(NamedTuple):
     """All windows of some clips, one after the other."""
@@ -344,7 +342,8 @@ def make_page(machine: str, summary: str, rows: list[dict], suspects: list[dict]
 
     def player(split: str, name: str, start: float) -> str:
         path = quote(os.fsencode(os.path.relpath(root / machine / split / name, run)))
-        source = f"{path}#t={start:.2f},{start + SECONDS:.2f}"  # a media fragment: from, to
+        end = start + data.WINDOW / data.SAMPLE_RATE
+        source = f"{path}#t={start:.2f},{end:.2f}"  # a media fragment: the suspicious window
         text = f"{html.escape(name)}, from {start:.0f} s"
         return f'{text}<br><audio controls preload="none" src="{source}"></audio>'
 
