@@ -246,6 +246,16 @@ def in_a_process(main, argv: list[str], kill_after: float | None = None) -> int:
     return process.exitcode
 
 
+# A process of its own with the small geometry; its arguments are ROOT and train.py's.
+CHILD = """
+import signal, sys; sys.path.insert(0, sys.argv[1])
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+import backbone, data, train
+data.N_FRAMES, backbone.N_FRAMES, data.WINDOW = 96, 96, 15000
+train.main(sys.argv[2:])
+"""
+
+
 def script(name: str, *args: str, cwd: Path, **more) -> subprocess.CompletedProcess:
     """Run a script as a user does."""
     command = [sys.executable, str(ROOT / name), *args]

@@ -2,15 +2,17 @@
 
 import glob
 import importlib.util
+import os
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import demo
 import pytest
-from conftest import FLAGS, ROOT, error_of, noise, rows_of, script, small_machines
+from conftest import CHILD, FLAGS, ROOT, error_of, noise, rows_of, script, small_machines
 
 import backbone
 import data
@@ -33,35 +35,38 @@ def test_help_tells_every_flag_and_no_none(name, capsys):
 
 
 def test_the_readmes_settings_are_those_of_the_parsers():
-    """Each default, and who chose it, as -h says."""
-    found, machine = {}, ["--machine", "fan"]
-    section = README.split("who chose it</summary>")[1].split("**Cost.**")[0]
-    for source, text in re.findall(r"- \*\*([\w' ]+)\*\*(.*?)(?=\n-|\n\n)", section, re.DOTALL):
-        for flag, value in re.findall(r"`(--[\w-]+) ?([^`]*)`", text):
-            module = score if flag in ("--k", "--normalize", "--percentile") else train
-            parser = module.make_parser()
-            same = [flag, *value.split()] if value else []
-            assert parser.parse_args(machine + same) == parser.parse_args(machine), flag
-            help_ = re.sub(r"\s+", " ", parser.format_help())
-            assert re.search(rf" {flag} (?:(?!--).)*?\[([\w' ]+)\]", help_)[1] == source, flag
-            found[flag] = source
-    assert len(found) == 22
+    """A row each: setting, default, where the default comes from. No setting is missing."""
+    machine, found = ["--machine", "fan", "--device", "cpu"], {}
+    section = README.split("<summary>Settings")[1].split("</details>")[0]
+    for flag, value, source in re.findall(r"^\| `(--[\w-]+)` \| (.*?) \| (.*?) \|$", section, re.M):
+        module = score if flag in ("--k", "--normalize", "--percentile") else train
+        default = [flag, *value.strip("`").split()]
+        if value not in ("the rank", "all"):
+            assert module.parse_args(machine + default) == module.parse_args(machine), flag
+        assert re.match(r"(paper|reported|same lab|field|our choice)\b", source), flag
+        found[flag] = source
+    settings = set(vars(train.parse_args(machine))) - set(train.WHERE) - {"machine"}
+    settings |= {"k", "normalize", "percentile"}
+    assert {flag[2:].replace("-", "_") for flag in found} == settings
+    assert train.parse_args(machine).alpha == train.parse_args(machine).rank
 
 
 # The README's shell blocks are run by a real bash, in which `python` only prints its arguments. The
 # scripts' main() then runs on them in this process.
 SHELL = """
 python() { printf '%q ' "$@"; echo; }
-git() { :; }; cd() { :; }; pip() { :; }; source() { :; }; python3() { :; }; command() { :; }
+bash() { source "$ROOT/$1"; }
+git() { :; }; cd() { :; }; pip() { :; }; python3() { :; }; command() { [ "$SLURM" ]; }
 sbatch() { for SLURM_ARRAY_TASK_ID in $(seq $(wc -l < runs.txt)); do eval "${@: -1}"; done; }
 set -e
 """
 
 
-def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
+@pytest.mark.parametrize("slurm", ["", "yes"])
+def test_every_command_of_the_readme_runs(small, monkeypatch, slurm):
     """In order and to the letter, with one epoch and one seed, on short made-up clips and a random
-    AST. dev and eval stand for two machines and one. What has a test of its own is passed over: the
-    demo, the benchmark, the tests themselves.
+    AST; once with Slurm, once without. dev and eval stand for two machines and one. What has a test
+    of its own is passed over: the demo, the benchmark, the tests themselves.
     """
     small_machines("fan", "valve", "bandsaw", "pump", "ToyCar", n_train=6)
     for split in ("train", "test"):
@@ -74,13 +79,21 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, capsys):
     monkeypatch.setattr(data, "DEV", ["fan", "valve"])
     monkeypatch.setattr(data, "EVAL", ["bandsaw"])
     blocks = "\n".join(re.findall(r"```bash\n(.*?)```", README, re.DOTALL))
-    shorter = {"in 0 1 2 3;": "in 0;", "{0,1,2,3}": "0", "8 9 10 11": "1", "0 1 2 3\n": "0\n"}
-    for long, short in shorter.items():
-        blocks = blocks.replace(long, short)
+    all_runs = (ROOT / "tests" / "all_runs.sh").read_text().split("set -euo pipefail\n")[1]
+    for long, short in {"8 9 10 11": "1", "0 1 2 3\n": "0\n", "bash -e": "source"}.items():
+        all_runs = all_runs.replace(long, short)
+    Path("tests").mkdir()
+    Path("tests/all_runs.sh").write_text(all_runs)
 
+    environment = os.environ | {"SLURM": slurm, "SEEDS": "0", "ROOT": str(small)}
+    blocks = blocks.replace("source .venv", "# source .venv")
     shell = ["bash", "-c", SHELL + blocks]
-    printed = subprocess.run(shell, capture_output=True, text=True, check=True).stdout
-    commands = printed.splitlines()
+    found = subprocess.run(shell, capture_output=True, text=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    commands = found.stdout.splitlines()
+    if slurm:  # the same commands, but for their order
+        assert sum("--seed 0" in command for command in commands) == 12
+        return
     for command in commands:
         name, *words = shlex.split(command)
         argv = [path for word in words for path in sorted(glob.glob(word)) or [word]]
@@ -109,10 +122,13 @@ def test_the_demo_ends_with_its_table_and_says_what_it_is(small_demo, capsys):
     out = capsys.readouterr().out
     for name in ("score.py", "train.py", "evaluate.py"):
         assert f"$ python {name} --machine 'a mill'" in out
-    rows = out.strip().splitlines()[-3:]
-    for row, name in zip(rows, ("as it is", "frozen", "LoRA")):
+    *_, first, second, third, fourth, _, last = out.strip().splitlines()
+    rows = zip((first, second, third, fourth), ("no network", "as it is", "frozen", "LoRA"))
+    for row, name in rows:
         assert re.match(rf"\| {name} \| \d+\.\d \|", row)
     assert "Made-up sounds and a tiny AST: no numbers of the paper's method" in out
+    page = "runs/demo/a mill-LoRA-seed0/report_a mill.html"
+    assert last == f"to look and listen, open {page} in a browser" and Path(page).exists()
     drawn = [path.parent.name for path in Path("runs").rglob("*.png")]
     has_matplotlib = importlib.util.find_spec("matplotlib") is not None
     assert drawn == ["a mill-LoRA-seed0"] * has_matplotlib
@@ -120,10 +136,16 @@ def test_the_demo_ends_with_its_table_and_says_what_it_is(small_demo, capsys):
 
 def test_the_demo_compares_four_rows_and_says_what_lora_is_worth(small_demo, monkeypatch, capsys):
     """Over two seeds LoRA has 66 and 67 on the two machines, as it is 50 and 56: 16 and 11 more."""
-    numbers = {"as it is": [50, 56], "frozen": [61, 64], "full": [71, 64], "LoRA": [66, 67]}
+    numbers = {
+        "no network": [40, 40],
+        "as it is": [50, 56],
+        "frozen": [61, 64],
+        "full": [71, 64],
+        "LoRA": [66, 67],
+    }
 
     def made_up(root, machine, row, seed, how):
-        spread = (2 * seed - 1) * (row != "as it is")
+        spread = (2 * seed - 1) * (row not in demo.UNTRAINED)
         return [numbers[row][machine == "fan"] + spread + 10 * (how == "density")] * 4
 
     monkeypatch.setattr(demo, "SEEDS", [0, 1])
@@ -147,9 +169,11 @@ def own_machine(n_test: int = 3) -> None:
 @pytest.mark.parametrize("n_test", [2, 8])
 @pytest.mark.parametrize("labelled", [0, 1, 99])
 def test_the_picture_shows_scores_and_the_three_highest_beside_their_nearest(
-    small, monkeypatch, n_test, labelled
+    small, monkeypatch, capsys, n_test, labelled
 ):
-    """Without a screen; names with a $; without labels, with labels for one clip, with all."""
+    """Without a screen; a machine called p$_{$x; without labels, with labels for one clip, with
+    all. The mel bin of 1 kHz, 999.99 mel, is at 128 · (999.99 - 31.75) / (2840.02 - 31.75).
+    """
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     from matplotlib.figure import Figure
 
@@ -159,20 +183,35 @@ def test_the_picture_shows_scores_and_the_three_highest_beside_their_nearest(
     monkeypatch.setattr(Figure, "savefig", kept)
     small_machines()
     own_machine(n_test)
+    Path("data/pump").rename("data/p$_{$x")
     if labelled:
         labels = [(f"{i}$.wav", i % 2) for i in range(min(labelled, n_test))]
-        data.write_csv(Path("data/pump/labels.csv"), labels)
-    score.main(["--machine", "pump", *FLAGS, "--pretrained", "--plot"])
-    assert Path("runs/pretrained-pump/pump.png").read_bytes()[:4] == b"\x89PNG"
+        data.write_csv(Path("data/p$_{$x/labels.csv"), labels)
+    score.main(["--machine", "p$_{$x", *FLAGS, "--pretrained", "--plot"])
+    assert Path("runs/pretrained-p$_{$x/p$_{$x.png").read_bytes()[:4] == b"\x89PNG"
+    assert 'src="p%24_%7B%24x.png"' in Path("runs/pretrained-p$_{$x/report_p$_{$x.html").read_text()
     top, *panels = figures[-1].axes
-    report = rows_of("runs/pretrained-pump/report_pump.csv")[1:]
-    points = top.collections[0]
-    assert points.get_offsets()[:, 1].tolist() == [float(row[1]) for row in report]
-    assert len(set(map(tuple, points.get_facecolors().tolist()))) == 1 + (labelled > 1)
-    assert len(top.lines[0].get_ydata()) == 3, "the training clips' own scores"
-    assert top.lines[1].get_ydata()[0] == float(report[0][2])
-    titles = [name for row in report[:3] for name in (row[0], row[4])]
-    assert [panel.get_title().split("\n")[1] for panel in panels] == titles
+    report = rows_of("runs/pretrained-p$_{$x/report_p$_{$x.csv")[1:]
+    *rows, threshold = top.lines
+    scores = [sorted(map(float, row.get_xdata())) for row in rows]
+    assert len(scores[0]) == 3, "the training clips' own scores"
+    assert sorted(value for row in scores[1:] for value in row) == sorted(
+        float(row[1]) for row in report
+    )
+    names = [text.get_text() for text in top.texts]
+    if labelled > 1:
+        assert names == ["training clips", "normal clips", "anomalous clips"]
+        assert scores[2] == sorted(float(row[1]) for row in report if int(row[0][0]) % 2)
+    else:
+        assert names == ["training clips", "test clips"]
+    assert threshold.get_xdata()[0] == float(report[0][2])
+    for row, left, right in zip(report, panels[::2], panels[1::2]):
+        for panel, start in ((left, float(row[6])), (right, float(row[7]))):
+            image = panel.images[0]
+            assert image.get_extent()[:2] == [start, start + 15000 / 16000]
+            assert image.get_clim() == left.images[0].get_clim()
+            assert panel.get_yticks()[1] == pytest.approx(44.13, abs=0.01)
+            assert [label.get_text() for label in panel.get_yticklabels()][1:2] == ["1"]
 
 
 def web_page_for_a_clip() -> None:
@@ -189,26 +228,38 @@ def a_file_for_a_folder() -> None:
     Path("runs").touch()
 
 
+def no_matplotlib() -> None:
+    importlib.util.find_spec = lambda name: None
+
+
 FAN, PUMP = ["--machine", "fan", *FLAGS], ["--machine", "pump", *FLAGS]
+PRETRAINED = [*PUMP, "--pretrained"]
 WRONG = [
     # script, arguments, what is there first, the message
     ("train.py", [], None, "the following arguments are required: --machine"),
     ("train.py", [*FAN, "--layers", "99"], None, "layer 99 does not exist: there are layers 0-1"),
-    ("train.py", [*FAN, "--device", "cdua"], None, "Expected one of cpu, cuda, "),
+    ("train.py", [*FAN, "--layers", "1", "1"], None, "a LoRA target or layer is named twice"),
+    ("train.py", [*FAN, "--device", "cdua"], None, "cdua cannot be used: Expected one of cpu"),
+    ("score.py", [*FAN, "--device", "cuda:99"], None, "argument --device: cuda:99 cannot be used"),
     ("train.py", [*FAN, "--bach-size", "4"], None, "unrecognized arguments: --bach-size 4"),
     ("train.py", [*FAN, "--tuning", "loar"], None, "argument --tuning: invalid choice: 'loar'"),
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder, "Not a directory: 'runs/x'"),
-    ("train.py", PUMP, None, "no WAV file in data/pump/train"),
+    ("score.py", [*PRETRAINED, "--run", "runs"], a_file_for_a_folder, "File exists: 'runs'"),
+    ("train.py", PUMP, None, "no WAV files in data/pump/train"),
     ("train.py", PUMP, own_machine, "train jointly with other machines"),
-    ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav is no WAV file"),
-    ("train.py", ["--machine", "fan"], web_page_for_weights, "has another sha256: delete it"),
+    ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav cannot be read"),
+    ("train.py", ["--machine", "fan"], web_page_for_weights, "has a wrong sha256: delete it"),
     ("train.py", ["--machine", "fan"], None, "put the file at weights/ast.safetensors"),
     ("train.py", ["--machine", "bearing"], None, "at data/bearing.part/dev_bearing.zip"),
-    ("score.py", FAN, None, "runs/fan is no finished run of train.py"),
-    ("score.py", [*PUMP, "--pretrained"], web_page_for_a_clip, "b.wav is no WAV file"),
+    ("score.py", FAN, None, "runs/fan has no trained model: train first, or use --pretrained"),
+    ("score.py", PRETRAINED, web_page_for_a_clip, "b.wav cannot be read as a WAV file"),
+    ("score.py", [*PRETRAINED, "--percentile", "0.9"], None, "--percentile is from 1 to 100"),
+    ("score.py", [*PRETRAINED, "--percentile", "101"], None, "--percentile is from 1 to 100"),
+    ("score.py", [*FAN, "--pooling", "mean"], None, "--pooling goes with --pretrained"),
+    ("score.py", [*PRETRAINED, "--plot"], no_matplotlib, "--plot needs matplotlib: pip install"),
     ("train.py", [*FAN, "--epochs", "0"], None, "argument --epochs: invalid positive value: '0'"),
     ("evaluate.py", FAN[:2], None, "runs/fan has no scores of fan: run score.py, or set --run"),
-    ("data.py", ["--machine", "fna"], None, "no WAV file in data/fna/train"),
+    ("data.py", ["--machine", "fna"], None, "no WAV files in data/fna/train"),
 ]  # fmt: skip
 
 
@@ -218,6 +269,7 @@ def test_a_wrong_use_ends_in_one_line_and_leaves_nothing_half_written(
 ):
     monkeypatch.setattr(data, "ZENODO", "http://127.0.0.1:9")
     monkeypatch.setattr(backbone, "WEIGHTS_URL", "http://127.0.0.1:9/model.safetensors")
+    monkeypatch.setattr(importlib.util, "find_spec", importlib.util.find_spec)  # put back later
     if prepare:
         prepare()
     before = {path for path in Path().rglob("*") if path.is_file()}
@@ -227,8 +279,47 @@ def test_a_wrong_use_ends_in_one_line_and_leaves_nothing_half_written(
     assert left <= {"embeddings_pump.pt", "embeddings_fan.pt"}
 
 
+def test_what_cannot_work_is_noticed_before_anything_is_fetched(small, server, capsys):
+    """A run folder that cannot be made; a slash after a machine's name changes nothing."""
+    Path("runs").touch()
+    argv = ["--machine", "bearing/", "--run", "runs/x", "--device", "cpu"]
+    for main in (train.main, lambda argv: score.main([*argv, "--pretrained"])):
+        assert "Not a directory" in error_of(main, argv, capsys)
+    assert server.requests == []
+
+
+def test_a_trailing_slash_is_no_part_of_a_machines_name(small):
+    small_machines("motor", "fan")
+    score.main(["--machine", "motor/", *FLAGS, "--pretrained"])
+    assert Path("runs/pretrained-motor/report_motor.csv").exists()
+    train.main(["--machine", "motor/", "fan/", *FLAGS, "--epochs", "1"])
+    assert Path("runs/motor+fan/adapter.pt").exists()
+
+
+@pytest.mark.parametrize("encoding", ["utf-8:strict", "ascii:strict"])
+def test_names_that_a_terminal_cannot_show_are_escaped_and_every_machine_is_scored(small, encoding):
+    small_machines()
+    for machine in ("pump", "motor"):
+        for i in range(3):
+            noise(f"data/{machine}/train/日本{i}.wav", 1, seed=i)
+        for name in (b"latin-1 \xf6.wav", b"latin-1 \xe4.flac"):
+            path = noise(f"data/{machine}/test/new.wav", 1, seed=9)
+            os.rename(path, os.path.join(os.fsencode(path.parent), name))
+    code = CHILD.replace("train", "score")
+    argv = ["--machine", "pump", "motor", *FLAGS, "--pretrained"]
+    environment = os.environ | {"PYTHONIOENCODING": encoding}
+    command = [sys.executable, "-c", code, str(ROOT), *argv]
+    found = subprocess.run(command, capture_output=True, env=environment)
+    assert found.returncode == 0, found.stderr
+    for shown in (rb"not read: latin-1 \udce4.flac", rb"latin-1 \udcf6.wav |"):
+        assert found.stdout.count(shown) == 2
+    assert (b"\\u65e5" in found.stdout) == (encoding == "ascii:strict")
+    for machine in ("pump", "motor"):
+        assert Path(f"runs/pretrained-pump+motor/report_{machine}.html").exists()
+
+
 def test_an_error_has_no_traceback_in_a_real_process(tmp_path):
     result = script("score.py", "--machine", "fan", "--run", "nothing", cwd=tmp_path)
-    message = "nothing is no finished run of train.py (or is --pretrained missing?)"
-    assert (result.returncode, result.stdout) == (1, "")
-    assert result.stderr == f"score.py: error: {message}\n"
+    message = "nothing has no trained model: train first, or use --pretrained"
+    assert (result.returncode, result.stderr) == (1, f"score.py: error: {message}\n")
+    assert list(tmp_path.iterdir()) == []

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import (
+    CHILD,
     FLAGS,
     ROOT,
     assert_equal_within,
@@ -372,15 +373,6 @@ def test_training_and_scoring_killed_at_random_moments_end_with_the_same_bytes(s
         assert in_a_process(*command) == 0
     assert ends.count(-signal.SIGKILL) >= 4
     assert {name: (folder / name).read_bytes() for name in names} == whole
-
-
-CHILD = """
-import signal, sys; sys.path.insert(0, sys.argv[1])
-signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-import backbone, data, train
-data.N_FRAMES, backbone.N_FRAMES, data.WINDOW = 96, 96, 15000
-train.main(sys.argv[2:])
-"""
 
 
 def test_ctrl_c_ends_in_one_line(small):
