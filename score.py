@@ -331,9 +331,11 @@ def write_results(
 PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 <meta name="viewport" content="width=device-width"><style>
 body { font: 16px sans-serif; max-width: 60em; margin: auto; padding: 1em }
-td, th { border-top: 1px solid #aaa; padding: .5em; text-align: left; overflow-wrap: anywhere }
-table, audio { width: 100% } img { width: 100%; max-width: 45em } th { vertical-align: bottom }
-@media (max-width: 40em) { td, th { display: block; border: 0 } tr { border-top: 1px solid #aaa } }
+table, audio { width: 100% } table { border-collapse: collapse; table-layout: fixed }
+td { border-top: 1px solid #aaa; padding: .5em; overflow-wrap: anywhere }
+td:first-child { width: 7em } img { width: 100%; max-width: 45em }
+@media (max-width: 40em) {
+td, td:first-child { display: block; width: auto; border: 0 } tr { border-top: 1px solid #aaa } }
 </style>"""
 
 
@@ -344,19 +346,21 @@ def make_page(machine: str, summary: str, rows: list[dict], suspects: list[dict]
         path = quote(os.fsencode(os.path.relpath(root / machine / split / name, run)))
         end = start + data.WINDOW / data.SAMPLE_RATE
         source = f"{path}#t={start:.2f},{end:.2f}"  # a media fragment: the suspicious window
-        text = f"{html.escape(name)}, from {start:.0f} s"
+        text = f"from {start:.0f} s: {html.escape(name)}"
         return f'{text}<br><audio controls preload="none" src="{source}"></audio>'
 
     title = html.escape(machine)
     lines = [PAGE, f"<title>{title}</title><h1>{title}</h1><p>{html.escape(summary)}</p>"]
     if (run / f"{machine}.png").exists():
         lines.append(f'<img src="{quote(os.fsencode(machine))}.png" alt="scores, spectrograms">')
-    lines.append("<table><tr><th>score<th>test clip<th>the training clip that it resembles most")
+    lines.append("<table>")
     for number, row in enumerate(rows, 1):
         alarm = "<b>ALARM</b>" if row["alarm"] else ""
         clip = player("test", row["test_clip"], row["at_seconds"])
         near = player("train", row["nearest_training_clip"], row["nearest_at_seconds"])
-        lines.append(f"<tr><td>{number}. {row['score']:.4g} {alarm}<td>{clip}<td>{near}")
+        lines.append(
+            f"<tr><td>{number}. {row['score']:.4g} {alarm}<td>{clip}<td>resembles most, {near}"
+        )
     lines.append(f"</table><p>{SUSPECTS}</p><table>")
     for suspect in suspects:
         clip = player("train", suspect["clip"], suspect["at_seconds"])
@@ -369,24 +373,26 @@ def plot(path: Path, machine: str, rows: list[dict], train_scores, is_anomaly, r
     from matplotlib.figure import Figure  # optional, so it is not imported at the top
 
     scores = np.array([row["score"] for row in rows])
-    dots = [("training clips", train_scores, "#777777")]
+    kinds = [("training\nclips", train_scores, "#777777")]
     if is_anomaly is None:
-        dots.append(("test clips", scores, "#0072B2"))
+        kinds.append(("test\nclips", scores, "#0072B2"))
     else:
-        dots.append(("normal clips", scores[~is_anomaly], "#0072B2"))
-        dots.append(("anomalous clips", scores[is_anomaly], "#D55E00"))
+        kinds.append(("normal\nclips", scores[~is_anomaly], "#0072B2"))
+        kinds.append(("anomalous\nclips", scores[is_anomaly], "#D55E00"))
 
-    figure = Figure(figsize=(5, 8), layout="constrained")
-    grid = figure.add_gridspec(4, 2, height_ratios=[1.8, 1, 1, 1])
+    highest = rows[:3]
+    figure = Figure(figsize=(5, 2.6 + 1.7 * len(highest)), layout="constrained")
+    grid = figure.add_gridspec(1 + len(highest), 2, height_ratios=[1.6] + [1] * len(highest))
     axes = figure.add_subplot(grid[0, :])
-    for y, (name, values, colour) in enumerate(dots):
-        axes.plot(values, y + np.linspace(-0.2, 0.2, len(values)), ".", color=colour)
-        axes.annotate(name, (0.99, y + 0.25), xycoords=("axes fraction", "data"), ha="right")
+    for y, (_, values, colour) in enumerate(kinds):
+        height = np.linspace(-0.3, 0.3, 9)[4 * np.arange(len(values)) % 9]  # to tell dots apart
+        axes.plot(values, y + height, ".", color=colour)
     axes.axvline(rows[0]["threshold"], color="black", linestyle="--")
-    axes.set(xlabel="anomaly score (dashed: the threshold)", yticks=[], ylim=(-0.4, y + 0.6))
+    axes.set_yticks(range(len(kinds)), [name for name, _, _ in kinds])
+    axes.set(xlabel="anomaly score (dashed: threshold)", ylim=(-0.5, len(kinds) - 0.5))
     title = machine.encode("utf-8", "backslashreplace").decode()
     axes.set_title(f"{title}: each dot is a clip", parse_math=False)
-    for i, row in enumerate(rows[:3], 1):
+    for i, row in enumerate(highest, 1):
         clip = root / machine / "test" / row["test_clip"]
         near = root / machine / "train" / row["nearest_training_clip"]
         left = draw(figure.add_subplot(grid[i, 0]), clip, row["at_seconds"])
@@ -410,7 +416,9 @@ def draw(axes, path: Path, start: float):
     khz = np.array([0.5, 1, 2, 4, 8])
     mel = np.log1p(np.array([20, *1000 * khz]) / 700)  # the first and last bins are at its ends
     axes.set_yticks(data.N_MELS * (mel[1:] - mel[0]) / (mel[-1] - mel[0]), [f"{f:g}" for f in khz])
-    return axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, cmap="cividis")
+    low, high = np.percentile(x, [5, 99.9])
+    colours = {"cmap": "cividis", "vmin": low, "vmax": high}
+    return axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, **colours)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -198,12 +198,12 @@ def test_the_picture_shows_scores_and_the_three_highest_beside_their_nearest(
     assert sorted(value for row in scores[1:] for value in row) == sorted(
         float(row[1]) for row in report
     )
-    names = [text.get_text() for text in top.texts]
+    names = [label.get_text() for label in top.get_yticklabels()]
     if labelled > 1:
-        assert names == ["training clips", "normal clips", "anomalous clips"]
+        assert names == ["training\nclips", "normal\nclips", "anomalous\nclips"]
         assert scores[2] == sorted(float(row[1]) for row in report if int(row[0][0]) % 2)
     else:
-        assert names == ["training clips", "test clips"]
+        assert names == ["training\nclips", "test\nclips"]
     assert threshold.get_xdata()[0] == float(report[0][2])
     for row, left, right in zip(report, panels[::2], panels[1::2]):
         for panel, start in ((left, float(row[6])), (right, float(row[7]))):
