@@ -43,7 +43,7 @@ def test_the_readmes_settings_are_those_of_the_parsers():
         default = [flag, *value.strip("`").split()]
         if value not in ("the rank", "all"):
             assert module.parse_args(machine + default) == module.parse_args(machine), flag
-        assert re.match(r"(paper|reported|same lab|field|our choice)\b", source), flag
+        assert re.match(r"(paper|same lab|field|our choice)\b", source), flag
         found[flag] = source
     settings = set(vars(train.parse_args(machine))) - set(train.WHERE) - {"machine"}
     settings |= {"k", "normalize", "percentile"}
