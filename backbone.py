@@ -89,7 +89,7 @@ class AST(nn.Module):
     """The untrained Transformer; `load_ast` gives the trained one.
 
     forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim): two class tokens, then the
-    patches, all after the final norm. Raises ValueError for any other input shape.
+    patches, all after the final norm.
     Source: github.com/YuanGongND/ast, 31088be.
     """
 
@@ -106,7 +106,7 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != (N_FRAMES, N_MELS):
+        if x.shape[1:] != (N_FRAMES, N_MELS):  # transposed, it would give as many patches
             raise ValueError(f"the AST needs (B, {N_FRAMES}, {N_MELS}), got {tuple(x.shape)}")
         image = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T): frequency is its height
         patches = self.patch_embed(image)  # (B, D, 12, 101)
@@ -147,7 +147,7 @@ class PatchMean(nn.Module):
 class AttentiveStatisticsPooling(nn.Module):
     """Weighted mean and standard deviation over the patches h, (B, N, D) -> (B, 2 D).
 
-        a = softmax(W₂ tanh(W₁ [h, mean(h), std(h)]))        over the patches
+        a = softmax(W₂ tanh(W₁ h + V [mean(h), std(h)]))        over the patches
         out = [Σ a h,  √Σ a (h - Σ a h)²]
 
     The weights a differ from patch to patch and from dimension to dimension. W₁ has a bias. W₂ has
@@ -159,16 +159,15 @@ class AttentiveStatisticsPooling(nn.Module):
     def __init__(self, dim: int, hidden: int = 128):
         super().__init__()
         self.out_dim = 2 * dim
-        # W₁ in two parts: [mean(h), std(h)] is the same for all patches, so its part is done once.
-        self.W1_token = nn.Linear(dim, hidden)
-        self.W1_context = nn.Linear(2 * dim, hidden, bias=False)
+        self.W1 = nn.Linear(dim, hidden)
+        self.V = nn.Linear(2 * dim, hidden, bias=False)
         self.W2 = nn.Linear(hidden, dim, bias=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = tokens[:, 2:]  # (B, 1212, D)
-        plain_std, plain_mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D)
-        context = self.W1_context(torch.cat([plain_mean, plain_std], dim=2))  # (B, 1, hidden)
-        a = self.W2(torch.tanh(self.W1_token(h) + context)).softmax(dim=1)  # (B, 1212, D)
+        std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D)
+        context = self.V(torch.cat([mean, std], dim=2))  # (B, 1, hidden), the same for all patches
+        a = self.W2(torch.tanh(self.W1(h) + context)).softmax(dim=1)  # (B, 1212, D)
 
         mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
         variance = (a * (h - mean).square()).sum(dim=1, keepdim=True)
@@ -198,7 +197,7 @@ class Embedder(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(self.ast(x))
-        return F.normalize(self.linear(pooled).float())
+        return F.normalize(self.linear(pooled).float())  # float32, also under autocast
 
 
 # ---------------------------------------------- plumbing: not needed to follow the method
@@ -210,7 +209,7 @@ REVISION = "f826b80d28226b62986cc218e5cec390b1096902"
 WEIGHTS_URL = f"{HUB}/MIT/ast-finetuned-audioset-10-10-0.4593/resolve/{REVISION}/model.safetensors"
 WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
 
-# The names in the file, and ours. The order counts, since some names contain others.
+# The names in the file, and ours. The order matters, since some names contain others.
 RENAMES = {
     "audio_spectrogram_transformer.": "",
     "embeddings.cls_token": "cls_token",
@@ -233,8 +232,8 @@ RENAMES = {
 def load_ast(path: str | Path) -> AST:
     """Load the AST of a safetensors file in the format of the Hugging Face hub, of any DeiT size.
 
-    The AudioSet classifier is dropped; all other names and shapes must be those of an AST. Raises
-    ValueError, with the file's name, for any other file.
+    The AudioSet classifier is dropped. Raises ValueError, with the file's name, unless all other
+    names and shapes are those of an AST.
     """
     try:
         state = {}
@@ -251,9 +250,8 @@ def load_ast(path: str | Path) -> AST:
         ast.load_state_dict(state, assign=True)
     except (ValueError, KeyError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise ValueError(
-            f"{path} is not an AST in the hub's safetensors format, or is damaged: {reason}"
-        ) from error
+        what = "is not an AST in the hub's safetensors format, or is damaged"
+        raise ValueError(f"{path} {what}: {reason}") from error
     return ast
 
 
@@ -274,9 +272,7 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
 
 
 def fetch_weights(path: str | Path) -> None:
-    """Download and verify the public AudioSet weights, if `path` is WEIGHTS. Any other path is a
-    file of your own.
-    """
+    """Download and verify the public weights, if `path` is WEIGHTS. Else the file is yours."""
     if Path(path) == Path(WEIGHTS):
         data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
 
@@ -289,8 +285,8 @@ def main(argv: list[str] | None = None) -> None:
         ast = load_ast(WEIGHTS)
         tokens = ast.pos_embed.shape[1]
         size = sum(p.numel() for p in ast.parameters())
-        print(f"{WEIGHTS}: blocks {len(ast.blocks)}, dimensions {ast.dim}, tokens {tokens}")
-        print(f"parameters {size:,}")
+        sizes = f"blocks {len(ast.blocks)}, dimensions {ast.dim}, tokens {tokens}"
+        print(f"{WEIGHTS}: {sizes}, parameters {size:,}")
 
 
 if __name__ == "__main__":

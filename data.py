@@ -5,8 +5,8 @@ fan/test/section_00_target_test_anomaly_0022_m-n_W.wav. From left to right:
 
     machine     a type of machine: a folder with the folders train and test
     section     a subset of the machine's clips; in 2023 there is only section 00
-    domain      source, the usual recording conditions, or target, changed ones, which only 10 of
-                1,000 training clips are from. A detector must not use a test clip's domain.
+    domain      source, the usual recording conditions, or target, changed ones. Only 10 of 1,000
+                training clips are from target. A detector must not use a test clip's domain.
     attributes  how the machine ran or was recorded, m-n_W: its speed, its load, the microphone
 
 All training clips are normal. The names of test clips say normal or anomaly for seven machines (the
@@ -22,8 +22,8 @@ A clip goes through these stages:
 Frame t is the 25 ms that start at t · 10 ms, with its mean removed, pre-emphasised and tapered. M
 holds triangular filters that are evenly spaced on the mel scale, and ε is 1.2e-7.
 
-One spectrogram shows a window of 10 s, as everything that AST was trained on. Of a longer clip,
-training takes a random window in each epoch, and scoring takes all the windows that cover it.
+One spectrogram shows a window of 10 s, the length that AST was trained on. Of a longer clip,
+training takes a random window in each epoch, and scoring takes as many as cover it.
 
     python data.py --machine fan        # downloads one machine of DCASE2023 Task 2
 """
@@ -64,7 +64,7 @@ MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's ow
 
 
 class Clip(NamedTuple):
-    """A WAV file and what its name says; None, or '' for attributes, where it does not say."""
+    """A WAV file and what its name tells. Unknown values are None, unknown attributes ''."""
 
     path: Path
     machine: str
@@ -80,7 +80,7 @@ CLIP_NAME = (
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """Read <machine>/<split>/<name>. Other names, such as section_00_0000.wav, say nothing."""
+    """Read <machine>/<split>/<name>. From any other form of name, only the first two are known."""
     path = Path(path)
     domain = label = attributes = None
     if match := re.fullmatch(CLIP_NAME, path.name):
@@ -93,24 +93,21 @@ def parse_clip(path: str | Path) -> Clip:
 def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
     """The clips in root/machine/split, sorted by name. Hidden files are left out.
 
-    Raises FileNotFoundError if there are none, and ValueError for anomalies among training clips,
-    for several sections, and for a name that is nearly in the challenge's form: its attributes
-    would be lost in silence.
+    Raises FileNotFoundError if there are none, and ValueError for names that would mislead.
     """
     folder = Path(root) / machine / split
     paths = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() == ".wav"]
     if not paths:
         raise FileNotFoundError(f"no WAV files in {folder}")
     clips = [parse_clip(path) for path in paths]
-    sections = set()
     for clip in clips:
         if split == "train" and clip.is_anomaly:
             raise ValueError(f"{clip.path} is an anomaly by its name: train on normal clips only")
-        if section := re.match(r"section_\d+(?=_)", clip.path.name):
-            sections.add(section[0])
-            if clip.domain is None and re.search("_(source|target)_", clip.path.name):
-                right = f"section_00_source_{split}_normal_0001_speed-2.wav"
-                raise ValueError(f"{clip.path} is not quite named like {right}: rename it")
+        # A name that only nearly follows the challenge's form would lose its attributes in silence.
+        if clip.domain is None and re.match(r"section_\d+_(source|target)_", clip.path.name):
+            right = f"section_00_source_{split}_normal_0001_speed-2.wav"
+            raise ValueError(f"{clip.path} is not quite named like {right}: rename it")
+    sections = {path.name[:10] for path in paths if re.match(r"section_\d\d_", path.name)}
     if len(sections) > 1:
         raise ValueError(f"{folder} has clips of {len(sections)} sections: make a folder for each")
     return clips
@@ -120,8 +117,7 @@ def read_wav(path: str | Path) -> Tensor:
     """Read a WAV file of any rate as mono, 16 kHz, in [-1, 1]: (n_samples,) float32.
 
     Channels are averaged, as in the challenge's baseline. Raises ValueError, with file and reason,
-    if the file is no WAV file, cut off, too short, or has samples that are not finite or not of
-    this scale.
+    for anything that cannot be read right.
     """
     content = Path(path).read_bytes()
     if not content:
@@ -141,7 +137,7 @@ def read_wav(path: str | Path) -> Tensor:
     if len(samples) / rate < FRAME / SAMPLE_RATE:
         raise ValueError(f"{path} is shorter than a frame of 25 ms")
 
-    # Subtle: scipy takes 24 bits that are stored in 4 bytes for 32 bits, and so 256 times too loud.
+    # Subtle: scipy takes 24 bits in the lower 3 of 4 bytes for 32 bits, 256 times too quiet.
     if chunk := re.search(rb"fmt [\x10\x12\x28]\0\0\0", content):
         channels, block_bytes, bits = struct.unpack_from("<2xH8xHH", content, chunk.end())
         if content.startswith(b"RIFF") and 8 * block_bytes != channels * bits:
@@ -154,7 +150,7 @@ def read_wav(path: str | Path) -> Tensor:
         raise ValueError(f"{path} has samples that are not finite (NaN or infinity)")
     peak = np.abs(wave).max()
     if peak > 8:  # a little over 1 is normal for floating-point files
-        raise ValueError(f"{path} has samples up to {peak:g}, not 1: divide by their full scale")
+        raise ValueError(f"{path} has samples up to {peak:g}, expected 1: divide by full scale")
     divisor = math.gcd(SAMPLE_RATE, rate)
     return torch.from_numpy(resample_poly(wave, SAMPLE_RATE // divisor, rate // divisor))
 
@@ -192,15 +188,15 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
         dither=0.0,
     )  # (n_frames, 128)
     x = pad(x, (0, 0, 0, N_FRAMES - len(x)))  # before normalising, so the padding becomes 0.467
-    # AudioSet's mean becomes 0, its standard deviation 1/2. The 2 is AST's own.
+    # AudioSet then has mean 0 and standard deviation 1/2. The 2 is AST's own.
     return (x - MEAN) / (2 * STD)
 
 
 class TrainingWindows(Dataset):
     """For training: a random window of a clip, (1024, 128), and the clip's class.
 
-    Its index is a pair (i, u) from RandomOrder: which clip, and where in it the window lies, from
-    u = 0, at the start, to almost 1, at the end.
+    Its index is a pair (i, u): which clip, and where the window lies, from u = 0, at the clip's
+    start, to almost 1, at its end. The DataLoader takes the pairs from RandomOrder.
     """
 
     def __init__(self, clips: list[Clip], labels: list[int]):
@@ -220,7 +216,7 @@ class TrainingWindows(Dataset):
 class RandomOrder(Sampler):
     """Every clip once, in random order, as a pair (i, u) for TrainingWindows.
 
-    Both are drawn in the main process, so a run does not depend on how many processes read.
+    Both are drawn in the main process, so results do not depend on --workers.
     """
 
     def __init__(self, n_clips: int):
@@ -251,7 +247,7 @@ class AllWindows(Dataset):
 
 
 def window_starts(n_samples: int) -> list[int]:
-    """Where a clip's windows start, in samples: as few as cover it, evenly spaced."""
+    """Where a clip's windows start, in samples: the fewest that cover it, evenly spaced."""
     spare = max(0, n_samples - WINDOW)
     count = 1 + math.ceil(spare / WINDOW)
     return np.linspace(0, spare, count).round().astype(int).tolist()
@@ -262,7 +258,7 @@ class SpecAug:
 
     x (B, T, F) -> (B, T, F). In each of the B spectrograms, w frames from t₀ on and v mel bins from
     f₀ on become 0, which is AudioSet's mean. w is uniform on {0..time_mask} and t₀ on {0..T-w};
-    likewise v and f₀. Raises ValueError if a mask is negative or wider than a spectrogram.
+    likewise v and f₀.
     """
 
     def __init__(self, time_mask: int, freq_mask: int):
@@ -327,7 +323,7 @@ def existing_device(name: str) -> torch.device:
 
 
 def positive(text: str) -> int:
-    """The type of an argument: argparse then says "invalid positive value: '0'"."""
+    """An argument's type: an integer of at least 1."""
     if int(text) < 1:
         raise ValueError
     return int(text)
@@ -335,16 +331,15 @@ def positive(text: str) -> int:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Errors that a user can mend end in one line; all others keep their traceback. Names that the
-    terminal cannot show are printed with escapes.
-    """
+    """Errors that a user can mend end in one line; all others keep their traceback."""
+    # Names that the terminal cannot show are printed with escapes.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except KeyboardInterrupt:
-        sys.exit("\ninterrupted: the same command continues with what has been saved")
+        sys.exit("\ninterrupted: run the same command again to continue")
     except (ValueError, OSError, ImportError) as error:
         # An error in a reading process comes with its traceback; the message is the last line.
         message = str(error).strip().split("\n")[-1].removeprefix("ValueError: ")
@@ -355,7 +350,7 @@ def one_line_errors():
 
 
 def make_folder(folder: Path) -> None:
-    """Raises OSError if it cannot be made or written to."""
+    """Raises OSError if the folder cannot be made or written to."""
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()
 
@@ -384,13 +379,13 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, *keys: str) -> dict:
-    """Load what `save` wrote, executing nothing. Raises ValueError for any other file."""
+    """Load what `save` wrote, without executing anything in it."""
     buffer = io.BytesIO(Path(path).read_bytes())
     try:
         content = torch.load(buffer, map_location="cpu", weights_only=True)
         if not set(keys) <= set(content):
             raise KeyError(keys)
-    except Exception as error:  # of many kinds, and PyTorch's own advice is to execute the file
+    except Exception as error:  # of many kinds; PyTorch then advises weights_only=False, unsafe
         reason = "was not written by this program, or is damaged: delete it"
         raise ValueError(f"{path} {reason}") from error
     return content
@@ -430,14 +425,14 @@ ARCHIVE_MD5 = {
     "eval_data_shaker_test": "ba98c98caa96051ec80e24e44b8fca56",
     "eval_data_shaker_train": "35f821b5645b731fb5a1750e33b95fc3",
 }
-AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo refuses those of libraries
+AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo blocks those of libraries
 
 
 def fetch(machine: str, root: str | Path) -> None:
     """Download, verify and unpack a machine of DCASE2023 (0.4 GB), unless its folder exists.
 
     Unpacks into <machine>.part and renames it when it is complete. An eval machine also gets the
-    labels that its file names do not tell. Raises what `download` raises.
+    labels that its file names do not tell.
     """
     root = Path(root)
     if (root / machine).exists() or machine not in DEV + EVAL:
@@ -460,10 +455,7 @@ def fetch(machine: str, root: str | Path) -> None:
 
 
 def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> None:
-    """Download `url` to `path`, unless it exists, and verify its checksum where one is given.
-
-    Raises OSError if the download fails or is cut off, and ValueError for a wrong checksum.
-    """
+    """Download `url` to `path`, unless it exists, and verify its checksum where one is given."""
     by_hand = f"open {url} in a browser and put the file at {path}"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -476,7 +468,7 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
                     shutil.copyfileobj(response, target)
                 received = file.tell()
             if received == 0 or (size > 0 and received != size):
-                raise OSError(f"only {received:,} of {size:,} bytes came")
+                raise OSError(f"got only {received:,} of {size:,} bytes")
             part.replace(path)
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a nonsense header
             raise OSError(f"cannot download {url} ({error!r}): try again, or {by_hand}") from error
@@ -489,7 +481,9 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Download and verify machines of DCASE2023.")
     add_machine(parser)
-    parser.add_argument("--data", default="data", metavar="DIR", help="where to (%(default)s)")
+    parser.add_argument(
+        "--data", default="data", metavar="DIR", help="folder for them (%(default)s)"
+    )
     args = parser.parse_args(argv)
     with one_line_errors():
         for machine in machine_names(args.machine):

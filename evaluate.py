@@ -14,8 +14,8 @@ domain and are not part of the score. Source: nttcslab/dcase2023_task2_evaluator
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± deviation
 
-Reads no audio. The labels come from the clips' names. If any name of a machine does not tell, all
-its labels come from <data>/<machine>/labels.csv and domains.csv.
+Reads no audio. The labels come from the clips' names. If any name of a machine lacks its label, all
+of them come from <data>/<machine>/labels.csv and domains.csv.
 """
 
 import argparse
@@ -51,7 +51,7 @@ def machine_metrics(
     """
     scores = np.asarray(scores)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
-    for_source = ~is_target | is_anomaly  # the anomalies are those of both domains
+    for_source = ~is_target | is_anomaly  # the normal clips of source, and all anomalies
     for_target = is_target | is_anomaly
     metrics = {
         "auc_source": auc(is_anomaly[for_source], scores[for_source]),
@@ -97,8 +97,8 @@ def official_score(machines: list[dict[str, float]]) -> float:
 def read_two_columns(path: Path, to_value: Callable) -> dict:
     """{name: value} from lines such as a.wav,0.5, as the challenge or a spreadsheet writes them.
 
-    The separator is a comma, semicolon or tab. A header and blank lines are skipped. Raises
-    ValueError, with file and line, for any other line and for a name that stands there twice.
+    The separator is a comma, semicolon or tab. A header and blank lines are skipped, and any other
+    line is refused.
     """
     text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
     squeezed = text.lower().replace('"', "").replace(" ", "")
@@ -123,7 +123,7 @@ def read_two_columns(path: Path, to_value: Callable) -> dict:
             right = "name.wav and a number (with a point, no comma), or 0 or 1 for a label"
             raise ValueError(f"{line}: {separator.join(row)!r} should be {right}") from error
         if name in values:
-            raise ValueError(f"{line}: {name} stands there twice")
+            raise ValueError(f"{line}: {name} appears twice")
         values[name] = value
     return values
 
@@ -135,7 +135,7 @@ def to_score(text: str) -> float:
 
 
 def read_labels(path: Path, names: list[str]) -> np.ndarray:
-    """0 or 1 for each of the names, as bool. Raises ValueError if a name is missing."""
+    """0 or 1 for each of the names, as bool."""
     labels = read_two_columns(path, {"0": False, "1": True}.__getitem__)
     missing = [name for name in names if name not in labels]
     if missing:
@@ -146,9 +146,8 @@ def read_labels(path: Path, names: list[str]) -> np.ndarray:
 def labels_of(machine: str, names: list[str], root: str | Path) -> tuple[np.ndarray, np.ndarray]:
     """is_anomaly and is_target of the test clips called `names`.
 
-    They come from the names, or all from root/machine/labels.csv and domains.csv if one name does
-    not tell. A clip without a domain counts as source. Raises FileNotFoundError if there are no
-    labels, and what read_labels raises.
+    They come from the names, or all from root/machine/labels.csv and domains.csv if any name lacks
+    its label. A clip without a domain counts as source. Raises FileNotFoundError without labels.
     """
     clips = [data.parse_clip(Path(machine, "test", name)) for name in names]
     is_target = np.array([clip.domain == "target" for clip in clips])
@@ -175,7 +174,7 @@ def known_labels(machine: str, names: list[str], root: str | Path) -> np.ndarray
 
 
 def words(scored_with: dict) -> str:
-    """How scores were made, for people."""
+    """How the scores were made, in a few words."""
     if not scored_with:
         return "not known"
     setting = scored_with["setting"]
@@ -190,7 +189,7 @@ def words(scored_with: dict) -> str:
 
 
 def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
-    """A row of metrics.csv; and, as its "setting", all that must be equal for a mean over seeds."""
+    """A row of metrics.csv, and under "setting" what must be equal for a mean over seeds."""
     suffix = f"{machine}_section_00_test.csv"
     score_file, decision_file = run / f"anomaly_score_{suffix}", run / f"decision_result_{suffix}"
     if not score_file.exists():
@@ -221,7 +220,7 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
         "scored_with": words(scored_with),
         **metrics,
         "harmonic_mean": official_score([metrics]),
-        # Scores of which nothing is known are a setting of their own.
+        # Scores without a record are a setting of their own.
         "setting": [scored_with | {"setting": setting} if scored_with else str(run), names],
     }
 
@@ -230,7 +229,7 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
 
 
 def same_setting(trials: list[list[dict]]) -> list[list[list[dict]]]:
-    """Group the trials by setting. Raises ValueError if a seed stands there twice."""
+    """Group the trials by setting. Raises ValueError if a seed appears twice."""
     groups = {}
     for trial in trials:
         setting = str([row["setting"] for row in trial])

@@ -7,10 +7,11 @@
 
 This is their equation 3 with the scaling of their section 4.1 and the dropout of their code.
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
-Because the update is linear, it can be merged: W' = W + alpha/rank · B A then costs nothing extra.
+The update is linear, so it can be merged into W: W' = W + alpha/rank · B A. A merged model costs
+nothing extra.
 
-Nothing here knows about audio. The model needs a list of `blocks`; the linear layers in these are
-found by their names.
+Nothing here knows about audio. The model must have a list `blocks`; the linear layers in them are
+found by name.
 """
 
 import copy
@@ -28,7 +29,7 @@ class LoRALinear(nn.Module):
     alpha    > 0; scales the update by alpha/rank
     dropout  probability of dropping an input of the update (never of the base layer), 0 <= p < 1
 
-    forward: x (..., in) -> (..., out). Raises ValueError if rank, alpha or dropout is out of range.
+    forward: x (..., in) -> (..., out)
     """
 
     def __init__(self, base: nn.Linear, rank: int, alpha: float, dropout: float = 0.0):
@@ -40,8 +41,8 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        # Uniform in ±1/√in, as nn.Linear itself starts, and as in microsoft/LoRA.
-        nn.init.kaiming_uniform_(self.A, a=math.sqrt(5))
+        bound = 1 / math.sqrt(base.in_features)  # as nn.Linear itself starts, and microsoft/LoRA
+        nn.init.uniform_(self.A, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
         down = F.linear(self.dropout(x), self.A)  # (..., rank)
@@ -70,8 +71,7 @@ def add_lora(
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   which blocks: indices into model.blocks, None for all
 
-    Raises ValueError for a block that does not exist, a target that names no linear layer in the
-    chosen blocks, anything that stands there twice, or what LoRALinear refuses.
+    Raises ValueError for a block or target that does not exist, and for one that is named twice.
     """
     depth = len(model.blocks)
     if layers is None:
@@ -83,7 +83,7 @@ def add_lora(
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
         block = model.blocks[index]
-        for path, module in list(block.named_modules()):  # a list, since the block changes
+        for path, module in list(block.named_modules()):  # list(): the loop changes the block
             name = path.split(".")[-1]
             if name in targets and isinstance(module, nn.Linear):
                 block.set_submodule(path, LoRALinear(module, rank, alpha, dropout))
@@ -112,7 +112,7 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state` into a model that was prepared in the same way; else raise ValueError."""
     here = {name: p.shape for name, p in trained_state(model).items()}
     if here != {name: p.shape for name, p in state.items()}:
-        raise ValueError("the saved weights are of other layers, another rank or another size")
+        raise ValueError("the saved weights do not fit: other layers, another rank or size")
     model.load_state_dict(state, strict=False)
 
 

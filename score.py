@@ -3,10 +3,9 @@
     d(x, y) = 1 - e_x · e_y              cosine distance of two windows' unit-length embeddings
     score(x) = mean of the k smallest d(x, y) over all training windows y; k is 1 by default
 
-A clip of up to 10 s is one window; a longer clip has several, and its score is that of its most
+A clip of up to 10 s is one window. A longer clip has several, and its score is that of its most
 anomalous window. A clip is called anomalous if its score is above the 90th percentile of the
-training clips' own scores. For those, a training clip is compared with the other training clips
-only.
+training clips' own scores. To score a training clip, it is left out of the comparison.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the pre-trained AST, without training
@@ -50,6 +49,15 @@ class Windows(NamedTuple):
     start: np.ndarray  # (n,) where it starts in the clip, in samples
 
 
+class Scorer(NamedTuple):
+    """A model, and how it scores."""
+
+    model: Embedder
+    model_key: str  # changes with the model and with the code that computes embeddings
+    root: Path  # folder of the clips
+    record: dict  # for scoring_<machine>.json
+
+
 @torch.inference_mode()
 def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
     """Yields for each clip the embeddings of its windows, (n, D), and their starts, in samples.
@@ -62,39 +70,39 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
     torch.backends.cudnn.allow_tf32 = False
     windows = data.AllWindows(clips)
     for items in DataLoader(windows, batch_size, num_workers=workers, collate_fn=list):
-        # These are batch_size clips. Long ones have many windows, so there is a second split.
+        # A batch of clips. Long clips have many windows, so windows are batched again.
         x = torch.cat([spectrograms for spectrograms, _ in items])
         embeddings = torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
         counts = [len(starts) for _, starts in items]
         for of_clip, (_, starts) in zip(embeddings.split(counts), items):
-            yield of_clip.clone(), starts
+            yield of_clip.clone(), starts  # a copy: a view would be saved with its whole batch
 
 
-def embed_new(model: Embedder, model_id: str, clips: list[Clip], file: Path, args) -> list:
+def embed_new(scorer: Scorer, clips: list[Clip], file: Path, args: argparse.Namespace) -> list:
     """What `embed` yields, as a list. Clips that were embedded before are read from `file`.
 
-    They are known by their content, not by their names. model_id changes with the model and with
-    the source of data.py, lora.py and backbone.py; then all clips are embedded anew.
+    A clip is known by its content, not by its name. All of them are embedded anew for another model
+    and after a change in data.py, lora.py or backbone.py.
     """
     known = {}  # checksum of a clip: (embeddings, starts)
     if file.exists():
         saved = data.load(file, "model", "clips")
-        if saved["model"] == model_id:
+        if saved["model"] == scorer.model_key:
             known = saved["clips"]
     checksums = [data.file_digest(clip.path) for clip in clips]
-    new = {sha: clip for sha, clip in zip(checksums, clips) if sha not in known}
-    results = embed(model, list(new.values()), args.batch_size, args.workers)
+    new = {checksum: clip for checksum, clip in zip(checksums, clips) if checksum not in known}
+    results = embed(scorer.model, list(new.values()), args.batch_size, args.workers)
     progress = tqdm(zip(results, new), "clips", len(new), leave=False, disable=None)
     try:
-        for count, (result, sha) in enumerate(progress, 1):
-            known[sha] = result
+        for count, (result, checksum) in enumerate(progress, 1):
+            known[checksum] = result
             if count % 100 == 0:
-                data.save(file, {"model": model_id, "clips": known})
+                data.save(file, {"model": scorer.model_key, "clips": known})
     finally:  # also after an error or Ctrl-C
-        known = {sha: known[sha] for sha in checksums if sha in known}
+        known = {checksum: known[checksum] for checksum in checksums if checksum in known}
         if new:
-            data.save(file, {"model": model_id, "clips": known})
-    return [known[sha] for sha in checksums]
+            data.save(file, {"model": scorer.model_key, "clips": known})
+    return [known[checksum] for checksum in checksums]
 
 
 def windows_of(embedded: list[tuple[Tensor, list[int]]]) -> Windows:
@@ -129,8 +137,7 @@ def anomaly_scores(
     """Scores of one machine's test windows, (m,), and training windows, (n,).
 
     d_test (m, n) and d_train (n, n) are distances to the training windows; in d_train, those within
-    a clip are infinite. domain (n,) is "source", "target", or "" where it is not known. Raises
-    ValueError if there are too few training clips.
+    a clip are infinite. domain (n,) is "source", "target", or "" where it is not known.
     """
     if normalize == "density":
         return density_scores(d_test, d_train, k)
@@ -142,67 +149,64 @@ def anomaly_scores(
 def most_anomalous(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
     """Each clip's highest-scoring window: scores (m,), clip_index (m,) -> indices (n_clips,)."""
     highest = []
-    for clip in np.unique(clip_index):
+    for clip in range(clip_index.max() + 1):
         windows = np.flatnonzero(clip_index == clip)
         highest.append(windows[scores[windows].argmax()])
     return np.array(highest)
 
 
-def score_machine(
-    machine: str, model: Embedder, model_id: str, scoring: dict, args: argparse.Namespace
-) -> None:
-    """Score one machine, from its clips to its files.
-
-    `scoring` says how: it goes into scoring_<machine>.json.
-    """
-    # Clips.
-    train_clips, test_clips = clips_to_score(machine, Path(scoring["data"]))
+def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> None:
+    """Score one machine, from its clips to its files."""
+    # Clips. Of identical training clips only one counts.
+    train_clips, test_clips = clips_to_score(machine, scorer.root)
 
     # Embeddings of all their windows.
     file = args.run / f"embeddings_{machine}.pt"
-    embedded = embed_new(model, model_id, train_clips + test_clips, file, args)
+    embedded = embed_new(scorer, train_clips + test_clips, file, args)
     train = windows_of(embedded[: len(train_clips)])
     test = windows_of(embedded[len(train_clips) :])
 
-    # Distances to the training windows. A training clip is compared with the other clips only.
+    # Distances to the training windows. A training clip is no neighbour of itself.
     d_test = distances(test.embedding, train.embedding)  # (m, n)
     d_train = distances(train.embedding, train.embedding)  # (n, n)
-    d_train[train.clip_index[:, None] == train.clip_index] = np.inf
+    same_clip = train.clip_index[:, None] == train.clip_index  # (n, n)
+    d_train[same_clip] = np.inf
 
     # Scores of all windows. A clip has the score of its most anomalous window.
-    domain = np.array([clip.domain or "" for clip in train_clips])[train.clip_index]  # (n,)
+    domain = np.array([clip.domain or "" for clip in train_clips])
+    domain = domain[train.clip_index]  # (n,) of each training window
     scores, train_scores = anomaly_scores(d_test, d_train, domain, args.k, args.normalize)
-    worst_windows = most_anomalous(scores, test.clip_index)  # (n_test_clips,)
-    train_clip_scores = train_scores[most_anomalous(train_scores, train.clip_index)]
+    worst = most_anomalous(scores, test.clip_index)  # one window of each test clip
+    worst_of_train = most_anomalous(train_scores, train.clip_index)
 
-    # Threshold. It is low for a trained model: training has drawn just these clips together, so
-    # more than 10 % of new normal clips may be above it.
+    # Threshold. It is too low for a trained model, which has learned to pull just these clips
+    # together: expect more false alarms than 10 %.
+    train_clip_scores = train_scores[worst_of_train]
     threshold = np.percentile(train_clip_scores, args.percentile)
 
-    # Results: one row for each test clip. Its nearest training clip is the one at the smallest
-    # plain distance, also where the score is normalised.
+    # Results: one row for each test clip. Its nearest training clip is the nearest one by plain
+    # distance, also where the score is normalised.
     rows = []
-    for clip, window in zip(test_clips, worst_windows):
-        nearest_window = d_test[window].argmin()
-        rows.append(
-            {
-                "test_clip": clip.path.name,
-                "score": float(scores[window]),
-                "threshold": float(threshold),
-                "alarm": int(scores[window] > threshold),
-                "nearest_training_clip": train_clips[train.clip_index[nearest_window]].path.name,
-                "distance": float(d_test[window, nearest_window]),
-                "at_seconds": float(test.start[window] / data.SAMPLE_RATE),
-                "nearest_at_seconds": float(train.start[nearest_window] / data.SAMPLE_RATE),
-            }
-        )
+    for clip, window in zip(test_clips, worst):
+        near = d_test[window].argmin()
+        row = {
+            "test_clip": clip.path.name,
+            "score": float(scores[window]),
+            "threshold": float(threshold),
+            "alarm": int(scores[window] > threshold),
+            "nearest_training_clip": train_clips[train.clip_index[near]].path.name,
+            "distance": float(d_test[window, near]),
+            "at_seconds": float(test.start[window] / data.SAMPLE_RATE),
+            "nearest_at_seconds": float(train.start[near] / data.SAMPLE_RATE),
+        }
+        rows.append(row)
     suspects = suspicious_training_clips(d_train, train, train_clips)
-    write_results(machine, rows, suspects, train_clip_scores, scoring, args)
+    write_results(machine, rows, suspects, train_clip_scores, scorer, args)
 
 
 # Two ways to make distances comparable, for --normalize. They tend to be smaller among the many
 # source clips than among the few target clips, and in sparse regions even a normal sound is far
-# from the next.
+# from its neighbours.
 
 DENSITY_K = 4  # neighbours: ASDKit's default (k_ref_normalize)
 
@@ -213,7 +217,7 @@ def density_scores(
     """Divide d(x, y) by ρ(y), the mean distance of y to its nearest neighbours from other clips
     (Wilkinghoff et al. 2025, arXiv 2509.10951).
 
-    When a training clip is scored, ρ stays as it is.
+    ρ is not computed anew when a training clip is left out.
     """
     rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
     return nearest(d_test / rho, k), nearest(d_train / rho, k)
@@ -226,7 +230,6 @@ def standardised_scores(
     of that domain, and μ and σ are over all test windows (from RMIS, code of the paper's lab).
 
     TRANSDUCTIVE: each score depends on the whole test set. Later challenge rules forbid it.
-    Raises ValueError if the test scores do not vary.
     """
     all_test, all_train = [], []
     for name in np.unique(domain):
@@ -255,13 +258,15 @@ def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip]]:
     copies += sum(data.file_digest(clip.path) in train for clip in test)
     read = {clip.path for clip in listed + test}
     not_read = [path.name for path in sorted((root / machine).glob("t*/[!.]*")) if path not in read]
-    text = f"{machine}: test clips {len(test)}, training clips {len(listed)}"
-    if not_read or copies:
-        names = ", ".join(not_read[:10]) or "nothing"
-        text += f" (not read: {names}; copies of training clips: {copies})"
-    print(text)
+    notes = []
+    if not_read:
+        notes.append(f"not read: {', '.join(not_read[:10])}")
+    if copies:
+        notes.append(f"copies of training clips: {copies}")
+    note = f" ({'; '.join(notes)})" if notes else ""
+    print(f"{machine}: test clips {len(test)}, training clips {len(listed)}{note}")
     if len(train) < 2:
-        raise ValueError(f"{machine} needs at least 2 training clips, to judge each by the other")
+        raise ValueError(f"{machine} needs at least 2 training clips that are not the same")
     return list(train.values()), test
 
 
@@ -281,17 +286,17 @@ def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[C
 
 
 SUSPECTS = """Training clips that differ most from the others, and by how many times the median.
-Listen to these too: a fault among the healthy clips hides faults. A group of faulty clips that
-resemble each other does not show here."""
+Listen to these too: a fault among the training clips hides faults of its kind. A group of faulty
+clips that resemble each other does not show here."""
 
 
 def write_results(
-    machine: str, rows: list[dict], suspects: list[dict], train_scores, scoring, args
-):
-    """All files of a machine. How it was scored is removed first and written last, so that it never
-    stands beside the scores of another scoring.
+    machine: str, rows: list[dict], suspects: list[dict], train_scores, scorer: Scorer, args
+) -> None:
+    """Write all files of a machine, and print the highest scores. The record of the scoring is
+    deleted first and written last, so that it never stands beside other scores.
     """
-    run, root, suffix = args.run, Path(scoring["data"]), f"{machine}_section_00_test.csv"
+    run, root, suffix = args.run, scorer.root, f"{machine}_section_00_test.csv"
     for name in (f"scoring_{machine}.json", f"{machine}.png", "metrics.csv"):
         (run / name).unlink(missing_ok=True)
     scores = [(row["test_clip"], row["score"]) for row in rows]
@@ -305,12 +310,12 @@ def write_results(
     is_anomaly = evaluate.known_labels(machine, names, root)
     if args.plot:
         plot(run / f"{machine}.png", machine, rows, train_scores, is_anomaly, root)
-    how = f"{evaluate.words(scoring['scored_with'])}, percentile {args.percentile:g}"
+    how = f"{evaluate.words(scorer.record['scored_with'])}, percentile {args.percentile:g}"
     alarms = f"{sum(row['alarm'] for row in rows)} of {len(rows)}"
     summary = f"above the threshold of {rows[0]['threshold']:.4g}: {alarms} ({how})"
     page = make_page(machine, summary, rows[:10], suspects, root, run)
     data.write(run / f"report_{machine}.html", page.encode("utf-8", "backslashreplace"))
-    data.write(run / f"scoring_{machine}.json", json.dumps(scoring, indent=1).encode())
+    data.write(run / f"scoring_{machine}.json", json.dumps(scorer.record, indent=1).encode())
 
     print(summary)
     print("     score     from         the ten highest, and the nearest training clip of each")
@@ -373,22 +378,22 @@ def plot(path: Path, machine: str, rows: list[dict], train_scores, is_anomaly, r
     from matplotlib.figure import Figure  # optional, so it is not imported at the top
 
     scores = np.array([row["score"] for row in rows])
-    kinds = [("training\nclips", train_scores, "#777777")]
+    kinds = {"training\nclips": train_scores}
     if is_anomaly is None:
-        kinds.append(("test\nclips", scores, "#0072B2"))
+        kinds["test\nclips"] = scores
     else:
-        kinds.append(("normal\nclips", scores[~is_anomaly], "#0072B2"))
-        kinds.append(("anomalous\nclips", scores[is_anomaly], "#D55E00"))
+        kinds["normal\nclips"] = scores[~is_anomaly]
+        kinds["anomalous\nclips"] = scores[is_anomaly]
 
     highest = rows[:3]
     figure = Figure(figsize=(5, 2.6 + 1.7 * len(highest)), layout="constrained")
     grid = figure.add_gridspec(1 + len(highest), 2, height_ratios=[1.6] + [1] * len(highest))
     axes = figure.add_subplot(grid[0, :])
-    for y, (_, values, colour) in enumerate(kinds):
+    for y, (values, colour) in enumerate(zip(kinds.values(), ["#777777", "#0072B2", "#D55E00"])):
         height = np.linspace(-0.3, 0.3, 9)[4 * np.arange(len(values)) % 9]  # to tell dots apart
         axes.plot(values, y + height, ".", color=colour)
     axes.axvline(rows[0]["threshold"], color="black", linestyle="--")
-    axes.set_yticks(range(len(kinds)), [name for name, _, _ in kinds])
+    axes.set_yticks(range(len(kinds)), kinds)
     axes.set(xlabel="anomaly score (dashed: threshold)", ylim=(-0.5, len(kinds) - 0.5))
     title = machine.encode("utf-8", "backslashreplace").decode()
     axes.set_title(f"{title}: each dot is a clip", parse_math=False)
@@ -397,11 +402,10 @@ def plot(path: Path, machine: str, rows: list[dict], train_scores, is_anomaly, r
         near = root / machine / "train" / row["nearest_training_clip"]
         left = draw(figure.add_subplot(grid[i, 0]), clip, row["at_seconds"])
         right = draw(figure.add_subplot(grid[i, 1]), near, row["nearest_at_seconds"])
+        right.set_clim(*left.get_clim())  # one colour scale for a pair
         left.axes.set(title=f"no. {i}: {row['score']:.3g}", ylabel="kHz")
         right.axes.set(title="its nearest")
-        right.set_clim(*left.get_clim())  # one colour scale for a pair
-    left.axes.set(xlabel="seconds")
-    right.axes.set(xlabel="seconds")
+    figure.supxlabel("seconds")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
     data.write(path, picture.getvalue())
@@ -456,34 +460,29 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def load_model(args: argparse.Namespace) -> tuple[Embedder, str, dict]:
-    """-> the model, what identifies it, and how it will score, for scoring_<machine>.json."""
-    how = {"k": args.k, "normalize": args.normalize}
-    scoring = {"percentile": args.percentile}
+def load_scorer(args: argparse.Namespace) -> Scorer:
     if args.pretrained:
         weights, pooling = args.weights or backbone.WEIGHTS, args.pooling or "cls"
         data.make_folder(args.run)
         backbone.fetch_weights(weights)
         model = Embedder(load_ast(weights), pooling, embedding=None)
-        digest = data.file_digest(weights)
-        setting = {"weights_sha256": digest, "pooling": pooling}
-        scoring["data"] = args.data or "data"
-        how |= {"model": "pretrained", "setting": setting}
-        identity = f"{pooling} {digest}"
+        setting = {"weights_sha256": data.file_digest(weights), "pooling": pooling}
+        root, model_key, record = args.data or "data", str(setting), {}
     else:
         run = load_run(args.run, args.weights)
         other = set(data.machine_names(args.machine)) - set(run.setting["machine"])
         if other:
             raise ValueError(f"{args.run} was not trained on {' '.join(sorted(other))}")
         data.make_folder(args.run)
-        model = run.model
+        model, setting = run.model, run.setting
         lora.merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
-        scoring |= {"data": args.data or run.data, "adapter_sha256": run.digest}
-        how |= {"model": "trained", "setting": run.setting}
-        identity = run.digest
+        root, model_key, record = args.data or run.data, run.digest, {"adapter_sha256": run.digest}
     for module in (data, lora, backbone):
-        identity += f" {data.file_digest(module.__file__)}"
-    return model.to(args.device), identity, scoring | {"scored_with": how}
+        model_key += f" {data.file_digest(module.__file__)}"
+    kind = "pretrained" if args.pretrained else "trained"
+    scored_with = {"k": args.k, "normalize": args.normalize, "model": kind, "setting": setting}
+    record |= {"scored_with": scored_with, "percentile": args.percentile, "data": str(root)}
+    return Scorer(model.to(args.device), model_key, Path(root), record)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -492,10 +491,10 @@ def main(argv: list[str] | None = None) -> None:
         if args.plot and importlib.util.find_spec("matplotlib") is None:
             raise ImportError("--plot needs matplotlib: pip install matplotlib")
         print(f"device: {args.device}")
-        model, model_id, scoring = load_model(args)
+        scorer = load_scorer(args)
         for machine in data.machine_names(args.machine):
-            data.fetch(machine, scoring["data"])
-            score_machine(machine, model, model_id, scoring, args)
+            data.fetch(machine, scorer.root)
+            score_machine(machine, scorer, args)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,6 @@ class ArcFace(nn.Module):
 
     Each class has one trained centre, of which only the direction counts. The margin is in radians.
     forward: unit-length embeddings (B, dim), labels (B,) -> logits (B, classes) for cross-entropy.
-    Raises ValueError for a margin below 0, or of π/2 and more.
     """
 
     def __init__(self, dim: int, classes: int, scale: float, margin: float):
@@ -58,15 +57,16 @@ class ArcFace(nn.Module):
     def forward(self, embedding: Tensor, labels: Tensor) -> Tensor:
         cos = F.linear(embedding, F.normalize(self.centres))  # cos θ to each centre, (B, classes)
         cos_y = cos.gather(1, labels[:, None])  # (B, 1)
-        # sin θ = √(1 - cos² θ): 1 - cos² loses digits near ±1, the product does not. The clamp
-        # keeps the gradient finite: at 0 the slope of √ is infinite.
+        # sin θ = √(1 - cos² θ), as a product, which is exact near ±1. The clamp keeps the gradient
+        # finite: at 0 the slope of √ is infinite.
         sin_y = ((1 - cos_y) * (1 + cos_y)).clamp(min=1e-12).sqrt()
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
 
         # Beyond θ = π - m, cos(θ + m) would rise again and reward the worst clips. There the
         # authors' code (insightface, easy_margin off) has a straight line in cos θ instead.
         line = cos_y - self.margin * math.sin(self.margin)
-        with_margin = torch.where(cos_y > -math.cos(self.margin), with_margin, line)
+        too_far = cos_y <= -math.cos(self.margin)  # θ + m >= π
+        with_margin = torch.where(too_far, line, with_margin)
         return self.scale * cos.scatter(1, labels[:, None], with_margin)
 
 
@@ -82,7 +82,8 @@ def make_model(args: argparse.Namespace) -> Embedder:
 
 def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace):
     """AdamW. The head and the class centres have --lr under every --tuning, for a fair comparison.
-    The rates here are those after the warm-up.
+
+    peak_lr is not AdamW's: `train` sets each group's lr from it before every step.
     """
     head = [*model.pool.parameters(), *model.linear.parameters(), *arcface.parameters()]
     in_ast = [p for p in model.ast.parameters() if p.requires_grad]
@@ -122,8 +123,7 @@ def train_step(
 def train(args: argparse.Namespace) -> None:
     """Train one model on the clips of all machines in args.machine, and save it in args.run.
 
-    Raises ValueError for clips or settings that cannot be used, for a run folder that was trained
-    with other settings, and for a loss that is not finite; FileNotFoundError if there are no clips.
+    Raises ValueError or FileNotFoundError for clips, settings or a run folder that do not fit.
     """
     print(f"device: {args.device}")
 
@@ -137,7 +137,10 @@ def train(args: argparse.Namespace) -> None:
     labels = [classes.index(name) for name in class_of_clip]
     print(f"clips: {len(clips):,}, classes: {len(classes)}")
     if len(classes) < 2:
-        raise ValueError("one class: train jointly with other machines, or score.py --pretrained")
+        raise ValueError(
+            "only one class, so there is nothing to tell apart: "
+            "train jointly with other machines, or use score.py --pretrained"
+        )
 
     # Model, loss and optimizer.
     torch.manual_seed(1_000_000 * args.seed)
@@ -150,7 +153,7 @@ def train(args: argparse.Namespace) -> None:
     trainable, total = count_parameters(model)
     print(f"parameters: {total:,}, of which {trainable:,} are trained")
 
-    # The reading of clips, which goes on beside the training where there are workers.
+    # Data.
     loader = DataLoader(
         data.TrainingWindows(clips, labels),
         args.batch_size,
@@ -158,14 +161,15 @@ def train(args: argparse.Namespace) -> None:
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=args.device.type == "cuda",
-        generator=torch.Generator(),  # its own: else it would draw from the one that training uses
+        generator=torch.Generator(),  # the seeds of its workers: drawn apart from training's draws
     )
     warmup_steps = args.warmup * len(loader)
 
-    # Continuing an earlier run of the same setting after its last whole epoch.
+    # Continuing after the last whole epoch. `setting` is what the result depends on, without where
+    # and how it is computed. A run with another setting is refused.
     run = Path(args.run)
     setting = make_setting(args, clips, classes)
-    checkpoint = load_checkpoint(run / "last.pt", setting)
+    checkpoint = load_matching_checkpoint(run / "last.pt", setting)
     log = []  # one row for each epoch
     if checkpoint is not None:
         load_trained_state(model, checkpoint["model"])
@@ -175,6 +179,9 @@ def train(args: argparse.Namespace) -> None:
         print(f"continuing after epoch {len(log)}")
     epochs_done = len(log)
     step = epochs_done * len(loader)
+    adapter = run / "adapter.pt"
+    if epochs_done < args.epochs:
+        adapter.unlink(missing_ok=True)  # it stands for a finished run
 
     # The epochs.
     for epoch in range(epochs_done + 1, args.epochs + 1):
@@ -193,7 +200,7 @@ def train(args: argparse.Namespace) -> None:
 
         mean_loss = total_loss / len(clips)
         print(f"epoch {epoch}: loss {mean_loss:.4f}")
-        log.append((epoch, step, args.lr * lr_factor, mean_loss))
+        log.append((epoch, step, optimizer.param_groups[0]["lr"], mean_loss))
         data.write_csv(run / "log.csv", [("epoch", "step", "lr", "loss"), *log])
         checkpoint = {
             "setting": setting,
@@ -204,9 +211,8 @@ def train(args: argparse.Namespace) -> None:
         }
         data.save(run / "last.pt", checkpoint)
 
-    # Saving. A finished adapter is not written again: its checksum tells which scores are its own.
-    adapter = run / "adapter.pt"
-    if not adapter.exists() or data.load(adapter, "setting")["setting"] != setting:
+    # Saving. A finished run's adapter is not written again: its checksum tells its own scores.
+    if not adapter.exists():
         paths = {"data": str(args.data), "weights": str(args.weights)}
         weights = trained_state(model)
         data.save(adapter, {"setting": setting, "weights": weights, "paths": paths})
@@ -230,7 +236,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--compile", action="store_true", help="compile the model: faster after a slow start")
 
     add = parser.add_argument_group("what is trained").add_argument
-    text = "beside the head: LoRA adapters, all of AST, or nothing of it (%(default)s)"
+    text = "what is trained besides the head: LoRA, all of AST, or nothing (%(default)s)"
     add("--tuning", default="lora", choices=["lora", "full", "frozen"], help=text)
     add("--rank", type=int, default=64, help="LoRA's rank (%(default)s)")
     add("--alpha", type=float, help="LoRA's update is scaled by alpha/rank (the rank)")
@@ -264,13 +270,13 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# All arguments but these make up the setting. These say where and how to compute, which changes
-# results by no more than rounding and dropout's random draws.
+# A setting is every argument but these. They change results by no more than rounding, and by
+# dropout's random draws.
 WHERE = ("run", "data", "weights", "device", "workers", "compile", "micro_batch")
 
 
 def make_setting(args: argparse.Namespace, clips: list[data.Clip], classes: list) -> dict:
-    """Everything that a run's result depends on, for last.pt and adapter.pt."""
+    """What a run's result depends on: arguments, names of the clips, AST's weights, precision."""
     setting = {name: value for name, value in vars(args).items() if name not in WHERE}
     setting["machine"] = sorted(data.machine_names(args.machine))
     setting["targets"] = sorted(args.targets)
@@ -300,28 +306,24 @@ def difference(was: dict, now: dict) -> str:
     return "; ".join(parts)
 
 
-def load_checkpoint(path: Path, setting: dict) -> dict | None:
-    """last.pt, or None if there is none. Raises ValueError if it has another setting, apart from
-    the number of epochs, or more epochs than are asked for.
+def load_matching_checkpoint(path: Path, setting: dict) -> dict | None:
+    """last.pt, or None if there is none. Raises ValueError if it has another setting. The number of
+    epochs may have grown.
     """
     if not path.exists():
         return None
     checkpoint = data.load(path, "setting", "model", "arcface", "optimizer", "log")
     changed = difference(checkpoint["setting"] | {"epochs": setting["epochs"]}, setting)
+    if changed:
+        advice = "delete the folder, or name another one with --run"
+        raise ValueError(f"{path.parent} was trained with other settings: {changed}; {advice}")
     epochs_done = len(checkpoint["log"])
     if epochs_done > setting["epochs"]:
-        changed = f"it has {epochs_done} epochs already"
-    if changed:
-        raise ValueError(
-            f"{path.parent} was trained with other settings: {changed}; "
-            "delete the folder, or name another one with --run"
-        )
+        raise ValueError(f"{path.parent} has been trained for {epochs_done} epochs already")
     return checkpoint
 
 
 class TrainedRun(NamedTuple):
-    """What `load_run` returns."""
-
     model: Embedder  # on the CPU
     setting: dict
     digest: str  # SHA-256 of adapter.pt
@@ -329,10 +331,9 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(run: str | Path, weights: str | None = None) -> TrainedRun:
-    """Load the model that train.py left in a run folder.
+    """Load a trained model. weights: the path of AST's weights, if they have moved.
 
-    weights: AST's weights, if they are no longer where they were in training. Raises ValueError if
-    training has not finished, for other weights, and for an adapter.pt that is damaged.
+    Raises ValueError if training has not finished, and for other weights.
     """
     adapter = Path(run) / "adapter.pt"
     if not adapter.exists():

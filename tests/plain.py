@@ -77,8 +77,8 @@ def embedding(w: dict, head: dict | None, x: Tensor, scaling: float = 1.0) -> Te
     h = z[:, 2:]
     context = torch.cat([h, h.mean(1, keepdim=True).expand_as(h),
                          h.std(1, correction=0, keepdim=True).expand_as(h)], 2)  # fmt: skip
-    W = torch.cat([head["pool.W1_token.weight"], head["pool.W1_context.weight"]], 1)
-    hidden = torch.tanh(context @ W.T + head["pool.W1_token.bias"])
+    W = torch.cat([head["pool.W1.weight"], head["pool.V.weight"]], 1)
+    hidden = torch.tanh(context @ W.T + head["pool.W1.bias"])
     a = (hidden @ head["pool.W2.weight"].T).softmax(1)
     mean = (a * h).sum(1)
     std = ((a * (h - mean[:, None]) ** 2).sum(1)).sqrt()
@@ -109,7 +109,7 @@ def train(waves, labels, public, *, tuning, epochs, batch, seed, lr, ast_lr, war
             trained[name + ".B"] = torch.zeros(D, rank)
     if tuning == "full":
         trained |= w
-    sizes = {"pool.W1_token": (D, 128, True), "pool.W1_context": (2 * D, 128, False),
+    sizes = {"pool.W1": (D, 128, True), "pool.V": (2 * D, 128, False),
              "pool.W2": (128, D, False), "linear": (2 * D, E, True)}  # fmt: skip
     head = {}
     for name, (fan_in, fan_out, bias) in sizes.items():

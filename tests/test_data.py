@@ -216,7 +216,7 @@ UNREADABLE = "cannot be read as a WAV file"
         (riff(PCM16, b""), "shorter than a frame of 25 ms"),
         (riff(PCM16, bytes(798)), "shorter than a frame of 25 ms"),
         (riff(FLOAT32, np.full(500, np.nan, np.float32).tobytes()), "not finite"),
-        (riff(FLOAT32, np.full(500, -8.5, np.float32).tobytes()), "up to 8.5, not 1"),
+        (riff(FLOAT32, np.full(500, -8.5, np.float32).tobytes()), "up to 8.5, expected 1"),
         (riff(PCM24_IN_4, bytes(2000)), "24 bits in 4 bytes a sample"),
         (riff(PCM24_IN_4, bytes(2000), chunk(b"note", b"fmt 24")), "24 bits in 4 bytes a sample"),
         (riff(MULAW, bytes(2000)), "MULAW"),

@@ -171,7 +171,7 @@ WRONG_LABELS = {
     "a 1.wav,1\n\na 2.wav\n": r"labels\.csv, line 3: 'a 2.wav'",
     "a 1.wav,1,0\n": r"labels\.csv, line 1: 'a 1.wav,1,0'",
     "name,label\nname,label\n": r"labels\.csv, line 2: 'name,label'",
-    "a 1.wav,1\na 1.wav,0\n": r"labels\.csv, line 2: a 1.wav stands there twice",
+    "a 1.wav,1\na 1.wav,0\n": r"labels\.csv, line 2: a 1.wav appears twice",
     "a 1.wav,1\n": r"labels\.csv has no line for a 2.wav \(missing clips: 3\)",
 }
 

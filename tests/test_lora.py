@@ -147,5 +147,5 @@ def test_what_was_trained_otherwise_is_refused(other):
     ast, prepared = small_ast(), small_ast()
     add_lora(ast, **arguments)
     add_lora(prepared, **(arguments | other))
-    with pytest.raises(ValueError, match="of other layers, another rank or another size"):
+    with pytest.raises(ValueError, match="do not fit: other layers, another rank or size"):
         load_trained_state(prepared, trained_state(ast))

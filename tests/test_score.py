@@ -361,8 +361,8 @@ def test_the_page_plays_the_recordings_from_their_suspicious_second(small):
 
 def test_the_adapters_are_merged_for_scoring(fan):
     trained()
-    model, _, _ = score.load_model(score.parse_args(["--machine", "fan", "--device", "cpu"]))
-    assert {type(block.attn.q) for block in model.ast.blocks} == {torch.nn.Linear}
+    scorer = score.load_scorer(score.parse_args(["--machine", "fan", "--device", "cpu"]))
+    assert {type(block.attn.q) for block in scorer.model.ast.blocks} == {torch.nn.Linear}
 
 
 def embedded(monkeypatch) -> list[str]:

@@ -222,7 +222,7 @@ def interrupted_after(epoch: int, monkeypatch, *flags: str) -> None:
     with monkeypatch.context() as patch, pytest.raises(SystemExit) as stopped:
         patch.setattr(data, "save", stop)
         run(*flags)
-    assert "interrupted: the same command continues" in stopped.value.code
+    assert "interrupted: run the same command again" in stopped.value.code
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
@@ -274,12 +274,16 @@ def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(fan, monke
     assert sorted(path.name for path in folder.iterdir()) == [*left, "report_old.csv"]
 
 
-def test_an_adapter_that_is_older_than_the_last_epoch_is_written_anew(fan):
-    """As if killed after the last epoch of a longer run was saved, before its adapter."""
-    old = results(run())
-    new = results(run("--epochs", "3"))
-    Path("runs/fan/adapter.pt").write_bytes(old["adapter.pt"])
-    assert results(run("--epochs", "3")) == new
+def test_an_adapter_stands_for_a_finished_run(fan, monkeypatch):
+    """Deleted when training goes on; without last.pt, everything is trained and saved anew."""
+    run()
+    interrupted_after(3, monkeypatch, "--epochs", "4")
+    with pytest.raises(ValueError, match="runs/fan has no trained model"):
+        load_run("runs/fan")
+    whole = results(run("--epochs", "4"))
+    Path("runs/fan/last.pt").unlink()
+    Path("runs/fan/adapter.pt").write_bytes(b"of an earlier version of ArcFace")
+    assert results(run("--epochs", "4")) == whole
 
 
 DIFFERENCES = {
@@ -287,7 +291,6 @@ DIFFERENCES = {
     "--layers 1": "layers was None, is [1]",
     "--targets q": "targets was ['q', 'v'], is ['q']",
     "--seed 3 --rank 8": "rank was 64, is 8; alpha was 64.0, is 8.0; seed was 0, is 3",
-    "--epochs 1": "it has 2 epochs already",
 }
 
 
@@ -297,6 +300,11 @@ def test_continuing_with_other_settings_is_refused(fan, capsys, flags):
     message = refusal(capsys, *flags.split())
     assert f"runs/fan was trained with other settings: {DIFFERENCES[flags]}; delete the" in message
     assert results(Path("runs/fan")) == before
+
+
+def test_fewer_epochs_than_it_has_are_refused(fan, capsys):
+    run()
+    assert "runs/fan has been trained for 2 epochs already" in refusal(capsys, "--epochs", "1")
 
 
 def test_what_is_equal_is_not_refused(small):
@@ -384,7 +392,7 @@ def test_ctrl_c_ends_in_one_line(small):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
-    message = "interrupted: the same command continues with what has been saved"
+    message = "interrupted: run the same command again to continue"
     assert process.returncode == 1 and err.strip() == message
 
 
