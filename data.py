@@ -6,7 +6,7 @@ fan/test/section_00_target_test_anomaly_0022_m-n_W.wav. From left to right:
     machine     a type of machine: a folder with the folders train and test
     section     a subset of the machine's clips; in 2023 there is only section 00
     domain      source, the usual recording conditions, or target, changed ones. Only 10 of 1,000
-                training clips are from target. A detector must not use a test clip's domain.
+                training clips are from target. The rules forbid using a test clip's domain.
     attributes  how the machine ran or was recorded, m-n_W: its speed, its load, the microphone
 
 All training clips are normal. The names of test clips say normal or anomaly for seven machines (the
@@ -64,7 +64,7 @@ MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's ow
 
 
 class Clip(NamedTuple):
-    """A WAV file and what its name tells. Unknown values are None, unknown attributes ''."""
+    """A WAV file and what its name says. Unknown values are None, unknown attributes ''."""
 
     path: Path
     machine: str
@@ -80,7 +80,7 @@ CLIP_NAME = (
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """Read <machine>/<split>/<name>. From any other form of name, only the first two are known."""
+    """Read <machine>/<split>/<name>. From a name of another form, only the first two are known."""
     path = Path(path)
     domain = label = attributes = None
     if match := re.fullmatch(CLIP_NAME, path.name):
@@ -93,7 +93,8 @@ def parse_clip(path: str | Path) -> Clip:
 def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
     """The clips in root/machine/split, sorted by name. Hidden files are left out.
 
-    Raises FileNotFoundError if there are none, and ValueError for names that would mislead.
+    Raises FileNotFoundError if there are none, and ValueError for an anomaly in train, for a name
+    that is nearly in the challenge's form, and for clips of several sections.
     """
     folder = Path(root) / machine / split
     paths = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() == ".wav"]
@@ -103,7 +104,7 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
     for clip in clips:
         if split == "train" and clip.is_anomaly:
             raise ValueError(f"{clip.path} is an anomaly by its name: train on normal clips only")
-        # A name that only nearly follows the challenge's form would lose its attributes in silence.
+        # A name with a small mistake would be accepted without its attributes.
         if clip.domain is None and re.match(r"section_\d+_(source|target)_", clip.path.name):
             right = f"section_00_source_{split}_normal_0001_speed-2.wav"
             raise ValueError(f"{clip.path} is not quite named like {right}: rename it")
@@ -137,7 +138,8 @@ def read_wav(path: str | Path) -> Tensor:
     if len(samples) / rate < FRAME / SAMPLE_RATE:
         raise ValueError(f"{path} is shorter than a frame of 25 ms")
 
-    # Subtle: scipy takes 24 bits in the lower 3 of 4 bytes for 32 bits, 256 times too quiet.
+    # Subtle: scipy reads 24-bit samples stored in 4 bytes as 32-bit, 256 times too quiet. After the
+    # format chunk's size stand 2 bytes, CHANNELS, 8 bytes, BLOCK BYTES and BITS.
     if chunk := re.search(rb"fmt [\x10\x12\x28]\0\0\0", content):
         channels, block_bytes, bits = struct.unpack_from("<2xH8xHH", content, chunk.end())
         if content.startswith(b"RIFF") and 8 * block_bytes != channels * bits:
@@ -173,7 +175,8 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
     """AST's input for the 10 s of a wave from sample `start` on: (n_samples,) -> (1024, 128).
 
     Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py). The loader
-    also subtracts the mean of the whole wave, which changes nothing: each frame loses its own.
+    also subtracts the mean of the whole wave, which makes no difference, since fbank removes the
+    mean of each frame.
     """
     window = wave[start : start + WINDOW]
     x = fbank(
@@ -188,7 +191,7 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
         dither=0.0,
     )  # (n_frames, 128)
     x = pad(x, (0, 0, 0, N_FRAMES - len(x)))  # before normalising, so the padding becomes 0.467
-    # AudioSet then has mean 0 and standard deviation 1/2. The 2 is AST's own.
+    # With AST's factor of 2, AudioSet has mean 0 and standard deviation 1/2.
     return (x - MEAN) / (2 * STD)
 
 
@@ -216,7 +219,7 @@ class TrainingWindows(Dataset):
 class RandomOrder(Sampler):
     """Every clip once, in random order, as a pair (i, u) for TrainingWindows.
 
-    Both are drawn in the main process, so results do not depend on --workers.
+    Order and u are drawn in the main process, so results do not depend on --workers.
     """
 
     def __init__(self, n_clips: int):
@@ -307,11 +310,10 @@ def add_machine(parser: argparse.ArgumentParser) -> None:
 def add_hardware(parser: argparse.ArgumentParser) -> None:
     gpu = torch.cuda.is_available()
     text = "cpu, cuda or cuda:1 (cuda, where there is one)"
-    parser.add_argument(
-        "--device", default="cuda" if gpu else "cpu", type=existing_device, help=text
-    )
+    add = parser.add_argument
+    add("--device", default="cuda" if gpu else "cpu", type=existing_device, help=text)
     text = "processes that read WAV files (4 with a GPU, else 0: the main process reads)"
-    parser.add_argument("--workers", default=4 if gpu else 0, type=int, metavar="N", help=text)
+    add("--workers", default=4 if gpu else 0, type=int, metavar="N", help=text)
 
 
 def existing_device(name: str) -> torch.device:
@@ -332,7 +334,7 @@ def positive(text: str) -> int:
 @contextlib.contextmanager
 def one_line_errors():
     """Errors that a user can mend end in one line; all others keep their traceback."""
-    # Names that the terminal cannot show are printed with escapes.
+    # File names that the terminal cannot show are printed with escapes.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
@@ -341,7 +343,7 @@ def one_line_errors():
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: run the same command again to continue")
     except (ValueError, OSError, ImportError) as error:
-        # An error in a reading process comes with its traceback; the message is the last line.
+        # An error in a DataLoader's worker carries a traceback; the message is its last line.
         message = str(error).strip().split("\n")[-1].removeprefix("ValueError: ")
         sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
 
@@ -425,14 +427,14 @@ ARCHIVE_MD5 = {
     "eval_data_shaker_test": "ba98c98caa96051ec80e24e44b8fca56",
     "eval_data_shaker_train": "35f821b5645b731fb5a1750e33b95fc3",
 }
-AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo blocks those of libraries
+AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo refuses urllib's own
 
 
 def fetch(machine: str, root: str | Path) -> None:
     """Download, verify and unpack a machine of DCASE2023 (0.4 GB), unless its folder exists.
 
     Unpacks into <machine>.part and renames it when it is complete. An eval machine also gets the
-    labels that its file names do not tell.
+    labels that are not in its file names.
     """
     root = Path(root)
     if (root / machine).exists() or machine not in DEV + EVAL:

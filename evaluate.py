@@ -128,6 +128,10 @@ def read_two_columns(path: Path, to_value: Callable) -> dict:
     return values
 
 
+def to_label(text: str) -> bool:
+    return {"0": False, "1": True}[text]
+
+
 def to_score(text: str) -> float:
     if not math.isfinite(float(text)):
         raise ValueError
@@ -136,7 +140,7 @@ def to_score(text: str) -> float:
 
 def read_labels(path: Path, names: list[str]) -> np.ndarray:
     """0 or 1 for each of the names, as bool."""
-    labels = read_two_columns(path, {"0": False, "1": True}.__getitem__)
+    labels = read_two_columns(path, to_label)
     missing = [name for name in names if name not in labels]
     if missing:
         raise ValueError(f"{path} has no line for {missing[0]} (missing clips: {len(missing)})")
@@ -189,7 +193,7 @@ def words(scored_with: dict) -> str:
 
 
 def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
-    """A row of metrics.csv, and under "setting" what must be equal for a mean over seeds."""
+    """A row of metrics.csv, and under "setting" what two runs must share to be averaged."""
     suffix = f"{machine}_section_00_test.csv"
     score_file, decision_file = run / f"anomaly_score_{suffix}", run / f"decision_result_{suffix}"
     if not score_file.exists():
@@ -209,6 +213,10 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
 
     scored_with = scoring.get("scored_with", {})
     setting = dict(scored_with.get("setting", {}))
+    seed = setting.pop("seed", "")
+    shared = scored_with | {"setting": setting}
+    if not scored_with:
+        shared = str(run)  # without a record, a run is never averaged with another
     which = "own"
     if machine in data.DEV + data.EVAL:
         which = "dev" if machine in data.DEV else "eval"
@@ -216,12 +224,11 @@ def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
         "run": str(run),
         "machine": machine,
         "set": which,
-        "seed": setting.pop("seed", ""),
+        "seed": seed,
         "scored_with": words(scored_with),
         **metrics,
         "harmonic_mean": official_score([metrics]),
-        # Scores without a record are a setting of their own.
-        "setting": [scored_with | {"setting": setting} if scored_with else str(run), names],
+        "setting": [shared, names],
     }
 
 
@@ -256,15 +263,20 @@ def official(which: str, group: list[list[dict]]) -> str:
     """The official score of dev or eval; partial, unless all seven machines have all three numbers
     in every trial.
     """
-    scores, complete = [], []
-    for trial in group:
-        rows = [row for row in trial if row["set"] == which]
-        scores.append(official_score(rows))
-        complete.append(sum(all(not math.isnan(row[key]) for key in METRICS) for row in rows))
-    text = f"**{percent(scores)}** (n = {len(group)})"
-    if which != "own" and min(complete) < 7:
-        text += f", partial ({min(complete)}/7)"
+    trials = [[row for row in trial if row["set"] == which] for trial in group]
+    text = f"**{percent([official_score(rows) for rows in trials])}** (n = {len(group)})"
+    complete = 7
+    for rows in trials:
+        whole = [row for row in rows if not any(math.isnan(row[key]) for key in METRICS)]
+        complete = min(complete, len(whole))
+    if which != "own" and complete < 7:
+        text += f", partial ({complete}/7)"
     return text
+
+
+def scored_with(group: list[list[dict]]) -> str:
+    """The same for all trials, but maybe not for all machines."""
+    return " / ".join(dict.fromkeys(row["scored_with"] for row in group[0]))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -283,7 +295,7 @@ def table_of_machines(group: list[list[dict]]) -> str:
     for of_machine in zip(*group):
         cells = [percent([row[key] for row in of_machine]) for key in columns]
         rows.append([of_machine[0]["machine"], *cells])
-    text = f"### {group[0][0]['scored_with']}\n\n{markdown(['%', *columns.values()], rows)}\n"
+    text = f"### {scored_with(group)}\n\n{markdown(['%', *columns.values()], rows)}\n"
     for which in ("dev", "eval"):
         if any(row["set"] == which for row in every_row):
             text += f"\n{which}, official score: {official(which, group)}"
@@ -297,14 +309,12 @@ def table_of_settings(groups: list[list[list[dict]]]) -> str:
     for group in groups:
         first = group[0][0]
         name = first["run"].removesuffix(f"seed{first['seed']}").rstrip("-_")
-        rows.append([name, *[official(which, group) for which in sets], first["scored_with"]])
+        rows.append([name, *[official(which, group) for which in sets], scored_with(group)])
     return markdown(["setting", *sets, "scored with"], rows)
 
 
 def main(argv: list[str] | None = None) -> None:
-    about = (
-        "Print the official metric of scored machines, and write metrics.csv into the run folder."
-    )
+    about = "Print the official metric of scored machines, and write it into the run's metrics.csv."
     parser = argparse.ArgumentParser(description=about)
     data.add_machine(parser)
     text = "one or several run folders (runs/<names>)"

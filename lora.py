@@ -65,8 +65,8 @@ def add_lora(
     dropout: float = 0.0,
     layers: list[int] | None = None,
 ) -> None:
-    """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place. Layers that
-    are not wrapped stay as they are, so freeze the model first.
+    """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place. Freeze the
+    model before: only the wrapped layers are frozen here.
 
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   which blocks: indices into model.blocks, None for all

@@ -5,7 +5,7 @@
 
 A clip of up to 10 s is one window. A longer clip has several, and its score is that of its most
 anomalous window. A clip is called anomalous if its score is above the 90th percentile of the
-training clips' own scores. To score a training clip, it is left out of the comparison.
+training clips' own scores. A training clip is scored against the other training clips only.
 
     python score.py --machine fan                      # with the model in runs/fan
     python score.py --machine fan --pretrained         # with the pre-trained AST, without training
@@ -66,23 +66,24 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
     """
     model.eval()
     device = model.ast.pos_embed.device
-    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 of a float32's 23 mantissa bits
-    torch.backends.cudnn.allow_tf32 = False
+    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 of 23 mantissa bits: a GPU would
+    torch.backends.cudnn.allow_tf32 = False  # give other scores than a CPU
     windows = data.AllWindows(clips)
     for items in DataLoader(windows, batch_size, num_workers=workers, collate_fn=list):
         # A batch of clips. Long clips have many windows, so windows are batched again.
-        x = torch.cat([spectrograms for spectrograms, _ in items])
-        embeddings = torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
-        counts = [len(starts) for _, starts in items]
-        for of_clip, (_, starts) in zip(embeddings.split(counts), items):
-            yield of_clip.clone(), starts  # a copy: a view would be saved with its whole batch
+        spectrograms, starts = zip(*items)
+        x = torch.cat(spectrograms)
+        e = torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
+        counts = [len(of_clip) for of_clip in starts]
+        for e_of_clip, starts_of_clip in zip(e.split(counts), starts):
+            yield e_of_clip.clone(), starts_of_clip  # a view would be saved with its whole batch
 
 
 def embed_new(scorer: Scorer, clips: list[Clip], file: Path, args: argparse.Namespace) -> list:
     """What `embed` yields, as a list. Clips that were embedded before are read from `file`.
 
-    A clip is known by its content, not by its name. All of them are embedded anew for another model
-    and after a change in data.py, lora.py or backbone.py.
+    A clip is known by its checksum, so a renamed file is not embedded again. Another model, or any
+    edit of data.py, lora.py or backbone.py, embeds all clips again.
     """
     known = {}  # checksum of a clip: (embeddings, starts)
     if file.exists():
@@ -98,7 +99,7 @@ def embed_new(scorer: Scorer, clips: list[Clip], file: Path, args: argparse.Name
             known[checksum] = result
             if count % 100 == 0:
                 data.save(file, {"model": scorer.model_key, "clips": known})
-    finally:  # also after an error or Ctrl-C
+    finally:  # also after an error or Ctrl-C; only the clips that are still there are kept
         known = {checksum: known[checksum] for checksum in checksums if checksum in known}
         if new:
             data.save(file, {"model": scorer.model_key, "clips": known})
@@ -124,9 +125,9 @@ def nearest(d: np.ndarray, k: int) -> np.ndarray:
 
     Raises ValueError if a row has fewer than k that are finite.
     """
-    found = np.isfinite(d).sum(axis=1).min()
-    if k > found:
-        reason = f"a clip has only {found} windows of other clips as neighbours, not {k}"
+    fewest = np.isfinite(d).sum(axis=1).min()  # neighbours in any row
+    if k > fewest:
+        reason = f"a clip has only {fewest} windows of other clips as neighbours, not {k}"
         raise ValueError(f"too few training clips: {reason}")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
 
@@ -173,14 +174,13 @@ def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> Non
     d_train[same_clip] = np.inf
 
     # Scores of all windows. A clip has the score of its most anomalous window.
-    domain = np.array([clip.domain or "" for clip in train_clips])
-    domain = domain[train.clip_index]  # (n,) of each training window
+    domain = np.array([train_clips[i].domain or "" for i in train.clip_index])  # (n,)
     scores, train_scores = anomaly_scores(d_test, d_train, domain, args.k, args.normalize)
     worst = most_anomalous(scores, test.clip_index)  # one window of each test clip
     worst_of_train = most_anomalous(train_scores, train.clip_index)
 
-    # Threshold. It is too low for a trained model, which has learned to pull just these clips
-    # together: expect more false alarms than 10 %.
+    # Threshold. It is too low for a trained model, which has fitted these clips: expect more false
+    # alarms than the percentile suggests.
     train_clip_scores = train_scores[worst_of_train]
     threshold = np.percentile(train_clip_scores, args.percentile)
 
@@ -200,13 +200,15 @@ def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> Non
             "nearest_at_seconds": float(train.start[near] / data.SAMPLE_RATE),
         }
         rows.append(row)
+
+    # Training clips that may be faulty themselves, and all files.
     suspects = suspicious_training_clips(d_train, train, train_clips)
     write_results(machine, rows, suspects, train_clip_scores, scorer, args)
 
 
-# Two ways to make distances comparable, for --normalize. They tend to be smaller among the many
-# source clips than among the few target clips, and in sparse regions even a normal sound is far
-# from its neighbours.
+# Two ways to make distances comparable, for --normalize. Distances tend to be smaller among the
+# many source clips than among the few target clips, and in sparse regions even a normal sound is
+# far from its neighbours.
 
 DENSITY_K = 4  # neighbours: ASDKit's default (k_ref_normalize)
 
@@ -217,9 +219,9 @@ def density_scores(
     """Divide d(x, y) by ρ(y), the mean distance of y to its nearest neighbours from other clips
     (Wilkinghoff et al. 2025, arXiv 2509.10951).
 
-    ρ is not computed anew when a training clip is left out.
+    Simplification: a training clip that is being scored still counts in the ρ of its neighbours.
     """
-    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); among equal clips it would be 0
+    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,) of each column; 0 among equal clips
     return nearest(d_test / rho, k), nearest(d_train / rho, k)
 
 
@@ -233,8 +235,9 @@ def standardised_scores(
     """
     all_test, all_train = [], []
     for name in np.unique(domain):
-        bank = domain == name  # (n,) bool: these columns of the distances
-        test_scores, train_scores = nearest(d_test[:, bank], k), nearest(d_train[:, bank], k)
+        columns = domain == name  # (n,) bool
+        test_scores = nearest(d_test[:, columns], k)
+        train_scores = nearest(d_train[:, columns], k)
         mean, std = test_scores.mean(), test_scores.std()
         if std < 1e-9:
             raise ValueError("--normalize test needs test clips whose scores vary")
@@ -257,7 +260,10 @@ def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip]]:
     copies = len(listed) - len(train)
     copies += sum(data.file_digest(clip.path) in train for clip in test)
     read = {clip.path for clip in listed + test}
-    not_read = [path.name for path in sorted((root / machine).glob("t*/[!.]*")) if path not in read]
+    there = sorted((root / machine).glob("train/[!.]*")) + sorted(
+        (root / machine).glob("test/[!.]*")
+    )
+    not_read = [path.name for path in there if path not in read]
     notes = []
     if not_read:
         notes.append(f"not read: {', '.join(not_read[:10])}")
@@ -286,15 +292,15 @@ def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[C
 
 
 SUSPECTS = """Training clips that differ most from the others, and by how many times the median.
-Listen to these too: a fault among the training clips hides faults of its kind. A group of faulty
+Listen to these too: a faulty training clip makes similar faults look normal. A group of faulty
 clips that resemble each other does not show here."""
 
 
 def write_results(
-    machine: str, rows: list[dict], suspects: list[dict], train_scores, scorer: Scorer, args
+    machine: str, rows: list[dict], suspects: list[dict], train_clip_scores, scorer: Scorer, args
 ) -> None:
     """Write all files of a machine, and print the highest scores. The record of the scoring is
-    deleted first and written last, so that it never stands beside other scores.
+    deleted first and written last, so it never describes other scores.
     """
     run, root, suffix = args.run, scorer.root, f"{machine}_section_00_test.csv"
     for name in (f"scoring_{machine}.json", f"{machine}.png", "metrics.csv"):
@@ -309,7 +315,7 @@ def write_results(
     names = [row["test_clip"] for row in rows]
     is_anomaly = evaluate.known_labels(machine, names, root)
     if args.plot:
-        plot(run / f"{machine}.png", machine, rows, train_scores, is_anomaly, root)
+        plot(run / f"{machine}.png", machine, rows, train_clip_scores, is_anomaly, root)
     how = f"{evaluate.words(scorer.record['scored_with'])}, percentile {args.percentile:g}"
     alarms = f"{sum(row['alarm'] for row in rows)} of {len(rows)}"
     summary = f"above the threshold of {rows[0]['threshold']:.4g}: {alarms} ({how})"
@@ -373,12 +379,12 @@ def make_page(machine: str, summary: str, rows: list[dict], suspects: list[dict]
     return "\n".join([*lines, "</table></html>\n"])
 
 
-def plot(path: Path, machine: str, rows: list[dict], train_scores, is_anomaly, root) -> None:
+def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, is_anomaly, root) -> None:
     """The scores of all clips; below, the three highest clips beside their nearest ones."""
     from matplotlib.figure import Figure  # optional, so it is not imported at the top
 
     scores = np.array([row["score"] for row in rows])
-    kinds = {"training\nclips": train_scores}
+    kinds = {"training\nclips": train_clip_scores}
     if is_anomaly is None:
         kinds["test\nclips"] = scores
     else:

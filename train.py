@@ -3,7 +3,7 @@
 Every training clip is normal. What the model learns is to tell machines and their attributes apart:
 the class of a clip is its machine together with its attributes. To do that, the embedding must keep
 the details in which normal sounds differ. A sound that fits none of them then ends up far from all
-normal clips, which score.py measures.
+normal clips. score.py measures how far.
 
 The loss is ArcFace. For a clip of class y with embedding e, and a centre w_j for each class, all of
 unit length,
@@ -81,7 +81,7 @@ def make_model(args: argparse.Namespace) -> Embedder:
 
 
 def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace):
-    """AdamW. The head and the class centres have --lr under every --tuning, for a fair comparison.
+    """AdamW. The head and the class centres always have --lr, whatever --tuning is.
 
     peak_lr is not AdamW's: `train` sets each group's lr from it before every step.
     """
@@ -107,7 +107,7 @@ def train_step(
         with torch.autocast(x.device.type, torch.bfloat16, enabled=x.device.type == "cuda"):
             embedding = model(x_part)  # (b, embedding), float32 again
         logits = arcface(embedding, y_part)  # (b, classes)
-        # The losses of the parts add up to the mean loss of the batch, and so do their gradients.
+        # len(y) is the whole batch: the parts add up to its mean loss, and so do their gradients.
         loss = F.cross_entropy(logits, y_part, reduction="sum") / len(y)
         loss.backward()
         total += loss.detach()
@@ -137,10 +137,7 @@ def train(args: argparse.Namespace) -> None:
     labels = [classes.index(name) for name in class_of_clip]
     print(f"clips: {len(clips):,}, classes: {len(classes)}")
     if len(classes) < 2:
-        raise ValueError(
-            "only one class, so there is nothing to tell apart: "
-            "train jointly with other machines, or use score.py --pretrained"
-        )
+        raise ValueError("only one class: train jointly with others, or use score.py --pretrained")
 
     # Model, loss and optimizer.
     torch.manual_seed(1_000_000 * args.seed)
@@ -157,16 +154,16 @@ def train(args: argparse.Namespace) -> None:
     loader = DataLoader(
         data.TrainingWindows(clips, labels),
         args.batch_size,
-        sampler=data.RandomOrder(len(clips)),
+        sampler=data.RandomOrder(len(clips)),  # draws which clip, and which window of it
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
         pin_memory=args.device.type == "cuda",
-        generator=torch.Generator(),  # the seeds of its workers: drawn apart from training's draws
+        generator=torch.Generator(),  # seeds the workers, so the global generator is left alone
     )
     warmup_steps = args.warmup * len(loader)
 
-    # Continuing after the last whole epoch. `setting` is what the result depends on, without where
-    # and how it is computed. A run with another setting is refused.
+    # Continuing after the last whole epoch. `setting` is everything that changes the result, so not
+    # paths, device or --compile. A run with another setting is refused.
     run = Path(args.run)
     setting = make_setting(args, clips, classes)
     checkpoint = load_matching_checkpoint(run / "last.pt", setting)
@@ -181,11 +178,12 @@ def train(args: argparse.Namespace) -> None:
     step = epochs_done * len(loader)
     adapter = run / "adapter.pt"
     if epochs_done < args.epochs:
-        adapter.unlink(missing_ok=True)  # it stands for a finished run
+        adapter.unlink(missing_ok=True)  # it exists only while the run is finished
 
     # The epochs.
     for epoch in range(epochs_done + 1, args.epochs + 1):
-        # Each epoch has its own seed, so a run that continues draws what it would have drawn.
+        # Each epoch has its own seed, so a run that continues draws what it would have drawn. The
+        # million leaves room for epochs between two seeds.
         torch.manual_seed(1_000_000 * args.seed + epoch)
         total_loss = 0.0
         for x, y in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
@@ -211,7 +209,7 @@ def train(args: argparse.Namespace) -> None:
         }
         data.save(run / "last.pt", checkpoint)
 
-    # Saving. A finished run's adapter is not written again: its checksum tells its own scores.
+    # Saving. Not written again once finished: score files record the checksum of their adapter.
     if not adapter.exists():
         paths = {"data": str(args.data), "weights": str(args.weights)}
         weights = trained_state(model)
@@ -262,7 +260,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s)")
     add("--epochs", type=data.positive, default=25, help="passes over all clips (%(default)s)")
     add("--batch-size", type=data.positive, default=32, help="clips in a step (%(default)s)")
-    add("--seed", type=int, default=0, help="of everything that is random (%(default)s)")
+    add("--seed", type=int, default=0, help="random seed (%(default)s)")
 
     args = parser.parse_args(argv)
     args.run = args.run or f"runs/{'+'.join(args.machine)}"
@@ -270,8 +268,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     return args
 
 
-# A setting is every argument but these. They change results by no more than rounding, and by
-# dropout's random draws.
+# A setting is every argument but these. They change the result only by rounding, and --compile and
+# --micro-batch by the draws of dropout.
 WHERE = ("run", "data", "weights", "device", "workers", "compile", "micro_batch")
 
 
@@ -293,15 +291,17 @@ def make_setting(args: argparse.Namespace, clips: list[data.Clip], classes: list
 
 
 def difference(was: dict, now: dict) -> str:
-    """ "rank was 64, is 8; seed was 0, is 1", or "" if there is none."""
+    """Such as "rank was 64, is 8; seed was 0, is 1", or "" if they are equal."""
     parts = []
-    for name, new in now.items():
-        old = was.get(name)
+    for name in was | now:
+        old, new = was.get(name), now.get(name)
         if old == new:
             continue
         if isinstance(old, list) and isinstance(new, list) and len(old + new) > 12:
-            # Of long lists, only the first that is missing on the other side.
-            old, new = [v for v in old if v not in new][:1], [v for v in new if v not in old][:1]
+            # Of long lists, only the first item that is missing on the other side.
+            only_old = [item for item in old if item not in new]
+            only_new = [item for item in new if item not in old]
+            old, new = only_old[:1], only_new[:1]
         parts.append(f"{name} was {old}, is {new}")
     return "; ".join(parts)
 

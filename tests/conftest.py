@@ -67,6 +67,15 @@ def fan(small):
     small_machines("fan")
 
 
+@pytest.fixture
+def full_size_fan(tmp_path, monkeypatch):
+    """The same without the small geometry, for tests with reading processes: a process that is not
+    forked would not have it.
+    """
+    monkeypatch.chdir(tmp_path)
+    small_machines("fan")
+
+
 def lively_ast() -> backbone.AST:
     """Its tokens differ and attend, so that gradients are more than noise."""
     torch.manual_seed(1)

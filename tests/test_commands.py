@@ -246,7 +246,7 @@ WRONG = [
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder, "Not a directory: 'runs/x'"),
     ("score.py", [*PRETRAINED, "--run", "runs"], a_file_for_a_folder, "File exists: 'runs'"),
     ("train.py", PUMP, None, "no WAV files in data/pump/train"),
-    ("train.py", PUMP, own_machine, "train jointly with other machines"),
+    ("train.py", PUMP, own_machine, "train jointly with others"),
     ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav cannot be read"),
     ("train.py", ["--machine", "fan"], web_page_for_weights, "has a wrong sha256: delete it"),
     ("train.py", ["--machine", "fan"], None, "put the file at weights/ast.safetensors"),

@@ -297,6 +297,14 @@ def test_runs_of_different_settings_give_a_line_each(tmp_path, capsys):
     assert "not known" in lines[-1][3] and "bfloat16" in lines[4][3] and "k 2" in lines[3][3]
 
 
+def test_machines_that_were_scored_in_different_ways_are_told(tmp_path, capsys):
+    run = Path(run_folder(tmp_path / "run", setting={}))
+    scored(run, "valve", made_up(1), {"normalize": "test"})
+    out = table(capsys, "--machine", "fan", "valve", "--run", str(run))
+    one, other = "lora, float32, normalize none, k 1", "lora, float32, normalize test, k 1"
+    assert out.startswith(f"### {one} / {other}, TRANSDUCTIVE\n")
+
+
 def test_one_seed_twice_or_one_folder_twice_is_no_mean(tmp_path, capsys):
     one = run_folder(tmp_path / "one", setting={})
     two = run_folder(tmp_path / "two", setting={})

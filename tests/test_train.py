@@ -149,7 +149,7 @@ def column(folder: Path, name: str) -> list[float]:
     return [float(row[header.index(name)]) for row in rows]
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_one_others(fan):
+def test_the_same_seed_gives_the_same_bytes_and_another_one_others(full_size_fan):
     """With dropout, whose draws come between those of SpecAug; and whoever reads the clips."""
     first = results(run("--dropout", "0.1"))
     assert results(run("--dropout", "0.1", "--run", "runs/again", "--workers", "2")) == first
@@ -198,7 +198,7 @@ def test_the_setting_of_a_run_stands_in_the_files_it_made(small):
     assert sorted(path.name for path in Path("runs/fan").iterdir()) == made
 
 
-def test_a_bad_clip_is_named_and_nothing_hinders_the_mended_run(fan, capsys):
+def test_a_bad_clip_is_named_and_nothing_hinders_the_mended_run(full_size_fan, capsys):
     clip = list_clips("data", "fan", "train")[3].path
     content = clip.read_bytes()
     clip.write_bytes(content[:-100])
@@ -226,9 +226,9 @@ def interrupted_after(epoch: int, monkeypatch, *flags: str) -> None:
 
 
 @pytest.mark.parametrize("tuning", ["lora", "full"])
-def test_a_continued_run_ends_with_the_same_bytes(fan, monkeypatch, capsys, tuning):
+def test_a_continued_run_ends_with_the_same_bytes(full_size_fan, monkeypatch, capsys, tuning):
     """Interrupted within the warm-up, three epochs of a step each; read by others than before."""
-    flags = ["--epochs", "6", "--warmup", "3", "--tuning", tuning, "--dropout", "0.1"]
+    flags = ["--epochs", "4", "--warmup", "3", "--tuning", tuning, "--dropout", "0.1"]
     flags += ["--batch-size", "7"]
     whole = results(run(*flags, "--run", "runs/whole"))
     interrupted_after(2, monkeypatch, *flags, "--workers", "2")
@@ -251,7 +251,7 @@ def test_a_finished_run_stays_as_it_is_and_says_what_comes_next(fan, capsys):
 
 @pytest.mark.parametrize("finished", [True, False])
 def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(fan, monkeypatch, finished):
-    """With default flags; other places, other workers, more epochs. A user's files stay."""
+    """With default flags; other places, more epochs. A user's files stay."""
     whole = run("--epochs", "3", "--run", "runs/whole")
     if finished:
         run()
@@ -262,7 +262,7 @@ def test_two_epochs_and_one_more_are_three_wherever_the_run_has_moved(fan, monke
     Path("runs/fan/report_old").mkdir()
     for place in ("runs/fan", "data", "ast.safetensors"):
         shutil.move(place, f"moved-{Path(place).name}")
-    places = ["--data", "moved-data", "--weights", "moved-ast.safetensors", "--workers", "1"]
+    places = ["--data", "moved-data", "--weights", "moved-ast.safetensors"]
     folder = run("--epochs", "3", *places, "--run", "moved-fan")
     assert (folder / "log.csv").read_bytes() == (whole / "log.csv").read_bytes()
     ours, theirs = (data.load(path / "adapter.pt") for path in (folder, whole))
