@@ -363,6 +363,8 @@ def write(path: Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         part.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -473,7 +475,8 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
                 raise OSError(f"got only {received:,} of {size:,} bytes")
             part.replace(path)
         except (OSError, HTTPException, ValueError) as error:  # ValueError: a nonsense header
-            raise OSError(f"cannot download {url} ({error!r}): try again, or {by_hand}") from error
+            reason = " ".join(str(error).split())
+            raise OSError(f"cannot download {url} ({reason}): try again, or {by_hand}") from error
         finally:
             part.unlink(missing_ok=True)
     if digest and file_digest(path, algorithm) != digest:

@@ -401,8 +401,7 @@ def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, is_anoma
     axes.axvline(rows[0]["threshold"], color="black", linestyle="--")
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set(xlabel="anomaly score (dashed: threshold)", ylim=(-0.5, len(kinds) - 0.5))
-    title = machine.encode("utf-8", "backslashreplace").decode()
-    axes.set_title(f"{title}: each dot is a clip", parse_math=False)
+    axes.set_title("each dot is a clip")
     for i, row in enumerate(highest, 1):
         clip = root / machine / "test" / row["test_clip"]
         near = root / machine / "train" / row["nearest_training_clip"]
