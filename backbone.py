@@ -119,33 +119,19 @@ class AST(nn.Module):
         return self.norm(z)
 
 
-# Poolings: tokens (B, 1214, D), of which the first two are class tokens, -> (B, out_dim)
+class TokenMean(nn.Module):
+    """Mean over the tokens that `which` selects, (B, 1214, D) -> (B, D)."""
 
-
-class ClassTokenMean(nn.Module):
-    """Mean of the two class tokens, which is what AST was trained with."""
-
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, which: slice):
         super().__init__()
-        self.out_dim = dim
+        self.out_dim, self.which = dim, which
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, :2].mean(dim=1)
-
-
-class PatchMean(nn.Module):
-    """Mean of the patches, as in comparisons of pre-trained models (arXiv 2603.04605)."""
-
-    def __init__(self, dim: int):
-        super().__init__()
-        self.out_dim = dim
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        return tokens[:, 2:].mean(dim=1)
+        return tokens[:, self.which].mean(dim=1)
 
 
 class AttentiveStatisticsPooling(nn.Module):
-    """Weighted mean and standard deviation over the patches h, (B, N, D) -> (B, 2 D).
+    """Weighted mean and standard deviation over the patches h, (B, 1214, D) -> (B, 2 D).
 
         a = softmax(W₂ tanh(W₁ h + V [mean(h), std(h)]))        over the patches
         out = [Σ a h,  √Σ a (h - Σ a h)²]
@@ -175,7 +161,11 @@ class AttentiveStatisticsPooling(nn.Module):
         return torch.cat([mean, std], dim=2).squeeze(1)  # (B, 2 D)
 
 
-POOLINGS = {"cls": ClassTokenMean, "mean": PatchMean, "asp": AttentiveStatisticsPooling}
+POOLINGS = {
+    "cls": lambda dim: TokenMean(dim, slice(0, 2)),  # class tokens: what AST was trained with
+    "mean": lambda dim: TokenMean(dim, slice(2, None)),  # patches, as in arXiv 2603.04605
+    "asp": AttentiveStatisticsPooling,
+}
 
 
 class Embedder(nn.Module):

@@ -317,10 +317,9 @@ def main(argv: list[str] | None = None) -> None:
     about = "Print the official metric of scored machines, and write it into the run's metrics.csv."
     parser = argparse.ArgumentParser(description=about)
     data.add_machine(parser)
-    text = "one or several run folders (runs/<names>)"
-    parser.add_argument("--run", nargs="+", action="extend", metavar="DIR", help=text)
-    text = "with <machine>/labels.csv (where the clips were when they were scored)"
-    parser.add_argument("--data", metavar="DIR", help=text)
+    add = parser.add_argument
+    add("--run", nargs="+", action="extend", metavar="DIR", help="run folders (runs/<names>)")
+    add("--data", metavar="DIR", help="with <machine>/labels.csv (where the scored clips were)")
     args = parser.parse_args(argv)
     runs = args.run or [f"runs/{'+'.join(args.machine)}"]
     machines = data.machine_names(args.machine)

@@ -436,20 +436,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     data.add_machine(parser)
     add = parser.add_argument
     add("--run", metavar="DIR", help="run folder (runs/<names>, or runs/pretrained-<names>)")
-    text = "with <machine>/{train,test}/*.wav (that of the training, or data)"
-    add("--data", metavar="DIR", help=text)
-    text = f"pre-trained AST (that of the training, or {backbone.WEIGHTS})"
-    add("--weights", metavar="FILE", help=text)
+    add("--data", metavar="DIR", help="with <machine>/{train,test}/*.wav (the run's, or data)")
+    add("--weights", metavar="FILE", help=f"pre-trained AST (the run's, or {backbone.WEIGHTS})")
     add("--pretrained", action="store_true", help="score with the pre-trained AST, not with a run")
-    text = "with --pretrained: mean of the class tokens, or of the patches (cls)"
-    add("--pooling", choices=["cls", "mean"], help=text)
+    add("--pooling", choices=["cls", "mean"], help="its mean of class tokens or patches (cls)")
     add("--k", type=data.positive, default=1, help="nearest neighbours (%(default)s)")
-    text = "make domains comparable by density, or by the test scores: transductive (%(default)s)"
+    text = "make domains comparable by density, or by test scores: transductive (%(default)s)"
     add("--normalize", default="none", choices=["none", "density", "test"], help=text)
-    text = "percentile of the training clips' scores that is the threshold (90)"
+    text = "the threshold, as a percentile of the training clips' scores (90)"
     add("--percentile", type=float, default=90.0, metavar="P", help=text)
-    text = "draw <machine>.png, which the page then shows; needs matplotlib"
-    add("--plot", action="store_true", help=text)
+    add("--plot", action="store_true", help="draw <machine>.png for the page; needs matplotlib")
     data.add_hardware(parser)
     text = "clips read at once, and windows in the network; an hour of sound takes 0.4 GB (8)"
     add("--batch-size", type=data.positive, default=8, help=text)

@@ -239,17 +239,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--rank", type=int, default=64, help="LoRA's rank (%(default)s)")
     add("--alpha", type=float, help="LoRA's update is scaled by alpha/rank (the rank)")
     add("--dropout", type=float, default=0.0, help="share of LoRA's input dropped (%(default)s)")
-    text = "linear layers with an adapter, any of q k v proj fc1 fc2 (q v)"
+    text = "layers with adapters, any of q k v proj fc1 fc2 (q v)"
     add("--targets", nargs="+", default=["q", "v"], metavar="NAME", help=text)
     add("--layers", nargs="+", type=int, metavar="I", help="blocks with adapters, as 8 9 10 (all)")
     text = "attentive statistics or mean of the patches, or the class tokens (%(default)s)"
-    add("--pooling", default="asp", choices=["asp", "mean", "cls"], help=text)
+    add("--pooling", default="asp", choices=list(backbone.POOLINGS), help=text)
     add("--embedding", type=data.positive, default=256, help="its dimensions (%(default)s)")
 
     add = parser.add_argument_group("ArcFace and SpecAug").add_argument
     add("--scale", type=float, default=30.0, help="s, which sharpens the softmax (%(default)s)")
-    text = "m, the angle in radians by which classes are kept apart (%(default)s)"
-    add("--margin", type=float, default=0.2, help=text)
+    add("--margin", type=float, default=0.2, help="m, between classes, in radians (%(default)s)")
     add("--time-mask", type=int, default=80, help="widest mask in frames of 10 ms (%(default)s)")
     add("--freq-mask", type=int, default=80, help="widest mask in mel bins of 128 (%(default)s)")
 
