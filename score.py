@@ -396,7 +396,7 @@ def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, is_anoma
     grid = figure.add_gridspec(1 + len(highest), 2, height_ratios=[1.6] + [1] * len(highest))
     axes = figure.add_subplot(grid[0, :])
     for y, (values, colour) in enumerate(zip(kinds.values(), ["#777777", "#0072B2", "#D55E00"])):
-        height = np.linspace(-0.3, 0.3, 9)[4 * np.arange(len(values)) % 9]  # to tell dots apart
+        height = np.random.default_rng(0).uniform(-0.3, 0.3, len(values))  # to tell dots apart
         axes.plot(values, y + height, ".", color=colour)
     axes.axvline(rows[0]["threshold"], color="black", linestyle="--")
     axes.set_yticks(range(len(kinds)), kinds)
