@@ -74,9 +74,7 @@ class Clip(NamedTuple):
     attributes: str  # "m-n_W"
 
 
-CLIP_NAME = (
-    r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4,}(?:_(.*))?\.(?i:wav)"
-)
+CLIP_NAME = r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4,}(?:_(.*))?\.\w+"
 
 
 def parse_clip(path: str | Path) -> Clip:
