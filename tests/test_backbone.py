@@ -66,6 +66,15 @@ def test_pooling_tokens_that_are_all_alike_has_a_finite_gradient():
     assert tokens.grad.isfinite().all()
 
 
+@pytest.mark.parametrize(("pooling", "which"), [("cls", slice(0, 2)), ("mean", slice(2, 1214))])
+def test_a_mean_of_tokens_can_have_a_linear_layer_too(ast, pooling, which):
+    embedder, x = Embedder(ast, pooling, embedding=5), torch.randn(2, 1024, 128)
+    with torch.no_grad():
+        pooled = ast(x)[:, which].sum(dim=1) / (which.stop - which.start)
+        expected = pooled @ embedder.linear.weight.T + embedder.linear.bias
+        torch.testing.assert_close(embedder(x), expected / expected.norm(dim=1, keepdim=True))
+
+
 def from_official(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """The authors' names -> ours, the fused qkv split, the heads left out."""
     state = {}
