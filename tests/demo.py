@@ -237,7 +237,8 @@ def numbers_of(root: str, machine: str, row: str, seed: int = 0, how: str = "non
     here = f"--data {root} --weights {shlex.quote(os.path.relpath(WEIGHTS))} --device cpu"
     if row == "no network":
         print("\nnearest neighbour without a network")
-        score_without_network(root, machine, run)
+        with data.one_line_errors():
+            score_without_network(root, machine, run)
     elif row == "as it is":
         command(score, f"{places} {ROWS[row]} --normalize {how} {here}")
     else:
@@ -289,7 +290,7 @@ def main(argv: list[str] | None = None) -> None:
     add = parser.add_argument
     add("--machine", nargs="+", metavar="NAME", help=f"a name; several with --all ({MACHINES[0]})")
     add("--data", metavar="DIR", help="of real clips (none: made up in data/demo)")
-    add("--all", action="store_true", help=f"{', '.join(MACHINES)}; four rows, seeds 0, 1, 2")
+    add("--all", action="store_true", help=f"{', '.join(MACHINES)}; all rows, seeds 0, 1, 2")
     args = parser.parse_args(argv)
     free_cores = (os.cpu_count() or 1) - round(os.getloadavg()[0])
     torch.set_num_threads(max(1, min(free_cores, torch.get_num_threads())))  # busy cores stay busy
