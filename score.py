@@ -291,9 +291,9 @@ def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[C
     return suspects
 
 
-SUSPECTS = """Training clips that differ most from the others, and by how many times the median.
-Listen to these too: a faulty training clip makes similar faults look normal. A group of faulty
-clips that resemble each other does not show here."""
+SUSPECTS = """Training clips that differ most from the others, and how far they are from these (1 is
+usual). Listen to them too: a faulty training clip makes similar faults look normal. A clip that is
+not listed can still be faulty, above all if several resemble each other."""
 
 
 def write_results(
