@@ -260,10 +260,10 @@ def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip]]:
     copies = len(listed) - len(train)
     copies += sum(data.file_digest(clip.path) in train for clip in test)
     read = {clip.path for clip in listed + test}
-    there = sorted((root / machine).glob("train/[!.]*")) + sorted(
-        (root / machine).glob("test/[!.]*")
-    )
-    not_read = [path.name for path in there if path not in read]
+    not_read = []
+    for split in ("train", "test"):
+        files = sorted((root / machine / split).glob("[!.]*"))
+        not_read += [path.name for path in files if path not in read]
     notes = []
     if not_read:
         notes.append(f"not read: {', '.join(not_read[:10])}")

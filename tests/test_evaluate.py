@@ -293,7 +293,7 @@ def test_runs_of_different_settings_give_a_line_each(tmp_path, capsys):
     names = [line[1].split("/")[-1].strip() for line in lines]
     assert names == ["rank4", "rank8", "test", "k2", "bf16", "unknown"]
     assert ["±" in line[2] for line in lines] == [True, True, False, False, False, False]
-    assert ["TRANSDUCTIVE" in line[3] for line in lines].index(True) == 2
+    assert ["TRANSDUCTIVE" in line[3] for line in lines] == [False] * 2 + [True] + [False] * 3
     assert "not known" in lines[-1][3] and "bfloat16" in lines[4][3] and "k 2" in lines[3][3]
 
 
@@ -314,10 +314,15 @@ def test_one_seed_twice_or_one_folder_twice_is_no_mean(tmp_path, capsys):
         assert f"{pair[1].rstrip('/')} has the same setting and seed as {pair[0]}" in message
 
 
-def test_seeds_that_met_different_clips_are_not_averaged(tmp_path, capsys):
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_seeds_that_met_different_clips_are_not_averaged(tmp_path, capsys, split):
     runs = [run_folder(tmp_path / f"seed{seed}", setting={}, seed=seed) for seed in (0, 1)]
-    one_more = {"section_00_source_test_normal_0099_x.wav": 0.5}
-    scored(tmp_path / "seed1", "fan", made_up(100) | one_more, {"seed": 1})
+    if split == "test":
+        one_more = {"section_00_source_test_normal_0099_x.wav": 0.5}
+        scored(tmp_path / "seed1", "fan", made_up(100) | one_more, {"seed": 1})
+    else:
+        clips = ["fan: 990 clips, digest of their names 0a1b2c3d"]
+        scored(tmp_path / "seed1", "fan", made_up(100), {"seed": 1, "clips": clips})
     assert "±" not in table(capsys, "--machine", "fan", "--run", *runs)
 
 
@@ -346,6 +351,8 @@ def test_partial_looks_at_every_trial(tmp_path, capsys, monkeypatch):
 def test_undefined_numbers_print_n_a_and_make_the_total_partial(tmp_path, capsys):
     names = [f"section_00_source_test_{label}_0000_x.wav" for label in ("normal", "anomaly")]
     run = scored(tmp_path / "run", "fan", dict(zip(names, [1, 2])))
+    alone = table(capsys, "--machine", "fan", "--run", str(run))
+    assert "**100.00** (n = 1), partial (0/7)" in alone
     scored(run, "valve", made_up(0))
     out = table(capsys, "--machine", "fan", "valve", "--run", str(run))
     assert "| fan | 100.00 | n/a | 100.00 | 100.00 |" in out and "partial (1/7)" in out

@@ -80,6 +80,41 @@ def test_a_clips_score_is_that_of_its_most_anomalous_window():
     assert most_anomalous(scores, np.array([0, 0, 0, 1, 2, 2])).tolist() == [1, 3, 4]
 
 
+def scored_vectors(monkeypatch, train: list, test: list, *flags: str) -> tuple[list, np.ndarray]:
+    """Score the machine pump, whose clips have these windows' embeddings; -> the rows of its test
+    clips, and the training clips' own scores.
+    """
+    for split, clips in (("train", train), ("test", test)):
+        for i in range(len(clips)):
+            noise(f"data/pump/{split}/{i}.wav", 0.1, seed=i + 50 * (split == "test"))
+    found = []
+    vectors = [(torch.from_numpy(e), [0] * len(e)) for e in [*train, *test]]
+    monkeypatch.setattr(score, "embed", lambda *args: iter(vectors))
+    monkeypatch.setattr(score, "write_results", lambda *args: found.append((args[1], args[3])))
+    small_machines()
+    scored("--pretrained", *flags, machine="pump")
+    return found[0]
+
+
+def test_a_training_clip_leaves_out_all_of_its_own_windows(small, monkeypatch):
+    """Clip 0 at 0° and 1°, clip 1 at 40°, clip 2 at 100°: 0° is nearest to 40°, not to 1°. The
+    threshold is a percentile of the clips' scores, 60°, 40° and 39°.
+    """
+    train, test = [at(0, 1), at(40), at(100)], [at(2), at(90)]
+    rows, own = scored_vectors(monkeypatch, train, test, "--percentile", "50")
+    assert [row["score"] for row in rows] == pytest.approx([d(1), d(10)], abs=1e-6)
+    assert own == pytest.approx([d(40), d(39), d(60)], abs=1e-6)
+    assert rows[0]["threshold"] == pytest.approx(d(40), abs=1e-6)
+
+
+def test_a_score_at_the_threshold_is_no_alarm(small, monkeypatch):
+    """Training clips at right angles have the distance 1, as has a test clip opposite to one."""
+    east, north = np.eye(2, dtype=np.float32)
+    rows, own = scored_vectors(monkeypatch, [east[None], north[None]], [-east[None], east[None]])
+    assert own.tolist() == [1, 1] and rows[0]["threshold"] == rows[0]["score"] == 1
+    assert [row["alarm"] for row in rows] == [0, 0]
+
+
 # Source clips at 0°, 2°, 6°; target clips at 90°, 120°, 160°; test clips at 3° and 130°.
 TRAIN, DOMAINS, TEST = at(0, 2, 6, 90, 120, 160), ["source"] * 3 + ["target"] * 3, at(3, 130)
 
