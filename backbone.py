@@ -20,6 +20,7 @@ data.py makes x, lora.py adapts the linear layers, and train.py trains.
 """
 
 import argparse
+import contextlib
 import json
 import os
 from pathlib import Path
@@ -29,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import data
-from data import N_FRAMES, N_MELS
+from data import N_FRAMES, N_MELS, InputError
 
 PATCH, STRIDE = 16, 10  # neighbouring patches overlap by 6
 
@@ -75,7 +76,7 @@ class Block(nn.Module):
 
     def __init__(self, dim: int, heads: int):
         super().__init__()
-        self.norm1 = nn.LayerNorm(dim, eps=1e-6)  # timm's ViT; PyTorch's own default is 1e-5
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)  # as in timm's ViT (PyTorch defaults to 1e-5)
         self.attn = Attention(dim, heads)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = MLP(dim)
@@ -86,7 +87,7 @@ class Block(nn.Module):
 
 
 class AST(nn.Module):
-    """The untrained Transformer; `load_ast` gives the trained one.
+    """Randomly initialised; see load_ast for pre-trained weights.
 
     forward: x (B, 1024, 128), normalised log-mel, -> (B, 1214, dim): two class tokens, then the
     patches, all after the final norm.
@@ -106,11 +107,16 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != (N_FRAMES, N_MELS):  # transposed, it would give as many patches
+        if x.shape[1:] != (
+            N_FRAMES,
+            N_MELS,
+        ):  # a transposed input would give the same number of patches
             raise ValueError(f"the AST needs (B, {N_FRAMES}, {N_MELS}), got {tuple(x.shape)}")
         image = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T): frequency is its height
         patches = self.patch_embed(image)  # (B, D, 12, 101)
-        patches = patches.flatten(2).transpose(1, 2)  # (B, 1212, D): time runs fastest
+        patches = patches.flatten(2).transpose(
+            1, 2
+        )  # (B, 1212, D), 101 time steps for each row in mel
         cls = self.cls_token.expand(len(x), 1, -1)  # (B, 1, D)
         dist = self.dist_token.expand(len(x), 1, -1)
         z = torch.cat([cls, dist, patches], dim=1) + self.pos_embed  # (B, 1214, D)
@@ -163,27 +169,28 @@ class AttentiveStatisticsPooling(nn.Module):
 
 POOLINGS = {
     "cls": lambda dim: TokenMean(dim, slice(0, 2)),  # class tokens: what AST was trained with
-    "mean": lambda dim: TokenMean(dim, slice(2, None)),  # patches, as in arXiv 2603.04605
+    "mean": lambda dim: TokenMean(dim, slice(2, None)),  # patches, usual for frozen models
     "asp": AttentiveStatisticsPooling,
 }
 
 
 class Embedder(nn.Module):
-    """AST and a head, which is a pooling and a linear layer. x (B, 1024, 128) -> (B, embedding), of
-    unit length.
+    """AST plus a head (pooling and a linear layer); returns unit-length embeddings.
 
-    pooling    a name in POOLINGS
-    embedding  dimensions of the result; None leaves out the linear layer
+    pooling        a name in POOLINGS
+    embedding_dim  of the linear layer; None leaves it out
+
+    forward: x (B, 1024, 128) -> (B, embedding_dim)
     """
 
-    def __init__(self, ast: AST, pooling: str, embedding: int | None):
+    def __init__(self, ast: AST, pooling: str, embedding_dim: int | None):
         super().__init__()
         self.ast = ast
         self.pool = POOLINGS[pooling](ast.dim)
-        if embedding is None:
+        if embedding_dim is None:
             self.linear = nn.Identity()
         else:
-            self.linear = nn.Linear(self.pool.out_dim, embedding)
+            self.linear = nn.Linear(self.pool.out_dim, embedding_dim)
 
     def forward(self, x: Tensor) -> Tensor:
         pooled = self.pool(self.ast(x))
@@ -192,6 +199,7 @@ class Embedder(nn.Module):
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
+TIMEOUT = 600  # seconds until a process that reads WAV files counts as stuck
 HEAD_DIM = 64  # in every AST and DeiT size
 WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
@@ -199,7 +207,7 @@ REVISION = "f826b80d28226b62986cc218e5cec390b1096902"
 WEIGHTS_URL = f"{HUB}/MIT/ast-finetuned-audioset-10-10-0.4593/resolve/{REVISION}/model.safetensors"
 WEIGHTS_SHA256 = "ae0c1e2ad4e1381d851fa9bf298ba13ebc9c5a914cdee2dbe427a6583869924d"
 
-# The names in the file, and ours. The order matters, since some names contain others.
+# Name in the file -> our name. The order matters, since some names contain others.
 RENAMES = {
     "audio_spectrogram_transformer.": "",
     "embeddings.cls_token": "cls_token",
@@ -222,26 +230,27 @@ RENAMES = {
 def load_ast(path: str | Path) -> AST:
     """Load the AST of a safetensors file in the format of the Hugging Face hub, of any DeiT size.
 
-    The AudioSet classifier is dropped. Raises ValueError, with the file's name, unless all other
+    The AudioSet classifier is dropped. Raises InputError, with the file's name, unless all other
     names and shapes are those of an AST.
     """
+    state = {}
+    for name, tensor in read_safetensors(path).items():
+        if name.startswith("classifier."):
+            continue
+        for theirs, ours in RENAMES.items():
+            name = name.replace(theirs, ours)
+        state[name] = tensor
+    dim = state.get("norm.weight", torch.empty(0)).numel()
+    depth = sum(name.endswith("norm1.weight") for name in state)
+    if dim == 0 or dim % HEAD_DIM:
+        raise InputError(f"{path} is not an AST: its width is {dim}, no multiple of {HEAD_DIM}")
+    with torch.device("meta"):  # no memory and no random numbers: the weights are replaced
+        ast = AST(dim, depth, dim // HEAD_DIM)
     try:
-        state = {}
-        for name, tensor in read_safetensors(path).items():
-            if name.startswith("classifier."):
-                continue
-            for theirs, ours in RENAMES.items():
-                name = name.replace(theirs, ours)
-            state[name] = tensor
-        dim = state["norm.weight"].numel()
-        depth = sum(name.endswith("norm1.weight") for name in state)
-        with torch.device("meta"):  # no memory and no random numbers: the weights are replaced
-            ast = AST(dim, depth, dim // HEAD_DIM)
         ast.load_state_dict(state, assign=True)
-    except (ValueError, KeyError, RuntimeError) as error:
+    except RuntimeError as error:
         reason = " ".join(str(error).split())[:200]
-        what = "is not an AST in the hub's safetensors format, or is damaged"
-        raise ValueError(f"{path} {what}: {reason}") from error
+        raise InputError(f"{path} is not an AST in the hub's format: {reason}") from error
     return ast
 
 
@@ -249,22 +258,48 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
     """8 bytes of header length, a JSON header (name: shape, data_offsets, ...), float32 numbers."""
     raw = bytearray(Path(path).read_bytes())
     start = 8 + int.from_bytes(raw[:8], "little")
-    header = json.loads(raw[8:start])
-    header.pop("__metadata__", None)
-    tensors = {}
-    for name, entry in header.items():
-        if entry["dtype"] != "F32":
-            raise ValueError(f"{name} is {entry['dtype']}, not F32")
-        first, end = entry["data_offsets"]
-        numbers = torch.frombuffer(raw[start + first : start + end], dtype=torch.float32)
-        tensors[name] = numbers.reshape(entry["shape"])
+    try:
+        header = dict(json.loads(raw[8:start]))
+        header.pop("__metadata__", None)
+        tensors = {}
+        for name, entry in header.items():
+            first, end = entry["data_offsets"]
+            numbers = torch.frombuffer(raw[start + first : start + end], dtype=torch.float32)
+            tensors[name] = numbers.reshape(entry["shape"])
+            if entry["dtype"] != "F32":
+                raise ValueError(f"{name} is {entry['dtype']}, not F32")
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise InputError(f"{path} is damaged, or no safetensors file: {reason}") from error
     return tensors
 
 
 def fetch_weights(path: str | Path) -> None:
-    """Download and verify the public weights, if `path` is WEIGHTS. Else the file is yours."""
-    if Path(path) == Path(WEIGHTS):
-        data.download(WEIGHTS_URL, Path(path), "sha256", WEIGHTS_SHA256)
+    """Download and verify the public weights if `path` is WEIGHTS. Any other path is left alone."""
+    path = Path(path)
+    if path != Path(WEIGHTS):
+        return
+    keep_out = contextlib.nullcontext() if path.exists() else data.sole_use(path.parent)
+    with keep_out:
+        data.download(WEIGHTS_URL, path, "sha256", WEIGHTS_SHA256)
+
+
+def add_hardware(parser: argparse.ArgumentParser) -> None:
+    gpu = torch.cuda.is_available()
+    add = parser.add_argument
+    text = "cpu, cuda or cuda:1 (default: cuda if available)"
+    add("--device", default="cuda" if gpu else "cpu", type=existing_device, help=text)
+    text = "processes that read WAV files; 0: the main process does (4 with a GPU, else 0)"
+    add("--workers", default=4 if gpu else 0, type=data.at_least(0), metavar="N", help=text)
+
+
+def existing_device(name: str) -> torch.device:
+    """argparse type: a device that PyTorch can use here."""
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise argparse.ArgumentTypeError(f"{name} cannot be used: {reason}") from error
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -3,11 +3,11 @@
 In DCASE2023 Task 2 a clip is called, for example,
 fan/test/section_00_target_test_anomaly_0022_m-n_W.wav. From left to right:
 
-    machine     a type of machine: a folder with the folders train and test
+    machine     one folder per machine type, with subfolders train and test
     section     a subset of the machine's clips; in 2023 there is only section 00
-    domain      source, the usual recording conditions, or target, changed ones. Only 10 of 1,000
-                training clips are from target. The rules forbid using a test clip's domain.
-    attributes  how the machine ran or was recorded, m-n_W: its speed, its load, the microphone
+    domain      source (usual recording conditions) or target (changed conditions). Only 10 of
+                1,000 training clips are target. The rules forbid using a test clip's domain.
+    attributes  m-n_W, how the machine ran or was recorded: its speed, its load, the microphone
 
 All training clips are normal. The names of test clips say normal or anomaly for seven machines (the
 development set, dev), but not for the other seven (the evaluation set, eval).
@@ -20,10 +20,12 @@ A clip goes through these stages:
     SpecAug       (1024, 128)      in training, a random stripe of time and one of frequency are 0
 
 Frame t is the 25 ms that start at t · 10 ms, with its mean removed, pre-emphasised and tapered. M
-holds triangular filters that are evenly spaced on the mel scale, and ε is 1.2e-7.
+holds triangular filters that are evenly spaced on the mel scale, and ε is 1.2e-7. In a spectrogram,
+0 is AudioSet's mean, and the padding is 0.467.
 
-One spectrogram shows a window of 10 s, the length that AST was trained on. Of a longer clip,
-training takes a random window in each epoch, and scoring takes as many as cover it.
+One spectrogram shows a window of 10 s, the length that AST was trained on. From a longer clip,
+training draws one random window per epoch; scoring uses enough windows to cover it. A shorter clip
+is continued by itself, backwards and forwards in turn, until it fills a window.
 
     python data.py --machine fan        # downloads one machine of DCASE2023 Task 2
 """
@@ -31,16 +33,16 @@ training takes a random window in each epoch, and scoring takes as many as cover
 import argparse
 import contextlib
 import csv
+import fcntl
 import hashlib
 import io
 import math
+import pickle
 import re
 import shutil
 import struct
 import sys
-import tempfile
 import urllib.request
-import warnings
 import zipfile
 from http.client import HTTPException
 from pathlib import Path
@@ -62,6 +64,9 @@ FRAME, HOP = 400, 160  # samples: a frame of 25 ms every 10 ms, so 998 frames in
 N_FRAMES, N_MELS = 1024, 128  # the size of AST's input
 MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's own training
 
+DEV = ["ToyCar", "ToyTrain", "bearing", "fan", "gearbox", "slider", "valve"]
+EVAL = ["ToyDrone", "ToyNscale", "ToyTank", "Vacuum", "bandsaw", "grinder", "shaker"]
+
 
 class Clip(NamedTuple):
     """A WAV file and what its name says. Unknown values are None, unknown attributes ''."""
@@ -78,7 +83,7 @@ CLIP_NAME = r"section_\d\d_(source|target)_(?:train|test)_(normal|anomaly)_\d{4,
 
 
 def parse_clip(path: str | Path) -> Clip:
-    """Read <machine>/<split>/<name>. From a name of another form, only the first two are known."""
+    """Read <machine>/<split>/<name>. For any other name, only machine and split are filled in."""
     path = Path(path)
     domain = label = attributes = None
     if match := re.fullmatch(CLIP_NAME, path.name):
@@ -91,66 +96,39 @@ def parse_clip(path: str | Path) -> Clip:
 def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
     """The clips in root/machine/split, sorted by name. Hidden files are left out.
 
-    Raises FileNotFoundError if there are none, and ValueError for an anomaly in train, for a name
-    that is nearly in the challenge's form, and for clips of several sections.
+    Raises FileNotFoundError if there are none, and InputError for an anomaly in train, for a near
+    miss of the challenge's naming scheme, and for mixed sections.
     """
     folder = Path(root) / machine / split
     paths = [path for path in sorted(folder.glob("[!.]*")) if path.suffix.lower() == ".wav"]
     if not paths:
-        raise FileNotFoundError(f"no WAV files in {folder}")
+        raise FileNotFoundError(f"no WAV files in {folder}: {what_is_there(folder)}")
     clips = [parse_clip(path) for path in paths]
     for clip in clips:
         if split == "train" and clip.is_anomaly:
-            raise ValueError(f"{clip.path} is an anomaly by its name: train on normal clips only")
-        # A name with a small mistake would be accepted without its attributes.
-        if clip.domain is None and re.match(r"section_\d+_(source|target)_", clip.path.name):
+            raise InputError(f"{clip.path} is named as an anomaly; training data must be normal")
+        looks_official = re.match(r"section_\d+_(source|target)_", clip.path.name)
+        if looks_official and clip.domain is None:  # a typo would silently drop the attributes
             right = f"section_00_source_{split}_normal_0001_speed-2.wav"
-            raise ValueError(f"{clip.path} is not quite named like {right}: rename it")
+            raise InputError(f"{clip.path} does not match the form of {right}; rename it")
     sections = {path.name[:10] for path in paths if re.match(r"section_\d\d_", path.name)}
     if len(sections) > 1:
-        raise ValueError(f"{folder} has clips of {len(sections)} sections: make a folder for each")
+        raise InputError(f"{folder} mixes {len(sections)} sections; give each its own folder")
     return clips
 
 
 def read_wav(path: str | Path) -> Tensor:
     """Read a WAV file of any rate as mono, 16 kHz, in [-1, 1]: (n_samples,) float32.
 
-    Channels are averaged, as in the challenge's baseline. Raises ValueError, with file and reason,
-    for anything that cannot be read right.
+    Of several channels the first counts. It is the near microphone in DCASE2026 Task 2, and a mean
+    would cancel channels of opposite phase. Raises InputError, naming file and reason, if the file
+    cannot be read correctly.
     """
-    content = Path(path).read_bytes()
-    if not content:
-        raise ValueError(f"{path} is empty")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", wavfile.WavFileWarning)  # unknown chunks are fine
-            warnings.filterwarnings("error", "Reached EOF")  # a file that is cut off is not
-            rate, samples = wavfile.read(io.BytesIO(content))
-    except Exception as error:  # scipy raises many kinds
-        reason = "its header is damaged, or the recorder was cut off"
-        if isinstance(error, (ValueError, wavfile.WavFileWarning)):
-            reason = error
-        raise ValueError(f"{path} cannot be read as a WAV file: {reason}") from error
-    if not 1000 <= rate <= 1_000_000:
-        raise ValueError(f"{path} has a sample rate of {rate} Hz: its header is damaged")
-    if len(samples) / rate < FRAME / SAMPLE_RATE:
-        raise ValueError(f"{path} is shorter than a frame of 25 ms")
-
-    # Subtle: scipy reads 24-bit samples stored in 4 bytes as 32-bit, 256 times too quiet. After the
-    # format chunk's size stand 2 bytes, CHANNELS, 8 bytes, BLOCK BYTES and BITS.
-    if chunk := re.search(rb"fmt [\x10\x12\x28]\0\0\0", content):
-        channels, block_bytes, bits = struct.unpack_from("<2xH8xHH", content, chunk.end())
-        if content.startswith(b"RIFF") and 8 * block_bytes != channels * bits:
-            raise ValueError(f"{path} has {bits} bits in {block_bytes // channels} bytes a sample")
-
-    wave = to_float(samples)
-    if wave.ndim == 2:  # (n_samples, channels)
-        wave = wave.mean(axis=1)
-    if not np.isfinite(wave).all():
-        raise ValueError(f"{path} has samples that are not finite (NaN or infinity)")
-    peak = np.abs(wave).max()
-    if peak > 8:  # a little over 1 is normal for floating-point files
-        raise ValueError(f"{path} has samples up to {peak:g}, expected 1: divide by full scale")
+        rate, samples = decode_wav(Path(path).read_bytes())  # (n_samples, channels)
+    except InputError as error:
+        raise InputError(f"{path} {error}") from error
+    wave = to_float(samples[:, 0])
     divisor = math.gcd(SAMPLE_RATE, rate)
     return torch.from_numpy(resample_poly(wave, SAMPLE_RATE // divisor, rate // divisor))
 
@@ -170,54 +148,28 @@ def to_float(samples: np.ndarray) -> np.ndarray:
 
 
 def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
-    """AST's input for the 10 s of a wave from sample `start` on: (n_samples,) -> (1024, 128).
+    """AST's input for the window starting at sample `start`: (n_samples,) -> (1024, 128).
 
     Log-mel by the same call as in AST's own loader (YuanGongND/ast, src/dataloader.py). The loader
     also subtracts the mean of the whole wave, which makes no difference, since fbank removes the
-    mean of each frame.
+    mean of each frame. Frames of 25 ms every 10 ms are fbank's default.
     """
     window = wave[start : start + WINDOW]
-    x = fbank(
-        window[None],
-        sample_frequency=SAMPLE_RATE,
-        frame_length=25,  # ms
-        frame_shift=10,
-        num_mel_bins=N_MELS,
-        window_type="hanning",
-        htk_compat=True,
-        use_energy=False,
-        dither=0.0,
-    )  # (n_frames, 128)
-    x = pad(x, (0, 0, 0, N_FRAMES - len(x)))  # before normalising, so the padding becomes 0.467
+    if len(window) < WINDOW:  # a short clip: there and back again, without a click at the turns
+        there_and_back = torch.cat([window, window.flip(0)])
+        window = there_and_back.repeat(math.ceil(WINDOW / len(there_and_back)))[:WINDOW]
+    options = {"window_type": "hanning", "htk_compat": True, "use_energy": False, "dither": 0.0}
+    x = fbank(window[None], sample_frequency=SAMPLE_RATE, num_mel_bins=N_MELS, **options)
+    x = pad(x, (0, 0, 0, N_FRAMES - len(x)))  # 998 -> 1024; before normalising, as in AST's loader
     # With AST's factor of 2, AudioSet has mean 0 and standard deviation 1/2.
     return (x - MEAN) / (2 * STD)
 
 
-class TrainingWindows(Dataset):
-    """For training: a random window of a clip, (1024, 128), and the clip's class.
-
-    Its index is a pair (i, u): which clip, and where the window lies, from u = 0, at the clip's
-    start, to almost 1, at its end. The DataLoader takes the pairs from RandomOrder.
-    """
-
-    def __init__(self, clips: list[Clip], labels: list[int]):
-        self.clips, self.labels = clips, labels
-
-    def __len__(self) -> int:
-        return len(self.clips)
-
-    def __getitem__(self, item: tuple[int, float]) -> tuple[Tensor, int]:
-        i, u = item
-        wave = read_wav(self.clips[i].path)
-        spare = max(0, len(wave) - WINDOW)  # samples
-        start = int(u * (spare + 1))
-        return spectrogram(wave, start), self.labels[i]
-
-
 class RandomOrder(Sampler):
-    """Every clip once, in random order, as a pair (i, u) for TrainingWindows.
+    """Every clip once, in random order, as a pair (i, u): which clip, and which window of it.
 
-    Order and u are drawn in the main process, so results do not depend on --workers.
+    u is uniform on [0, 1). Both are drawn in the main process, so results do not depend on
+    --workers.
     """
 
     def __init__(self, n_clips: int):
@@ -230,6 +182,24 @@ class RandomOrder(Sampler):
         u = torch.rand(self.n_clips)
         order = torch.randperm(self.n_clips)
         return zip(order.tolist(), u.tolist())
+
+
+class TrainingWindows(Dataset):
+    """For training: one window of a clip, (1024, 128), and the clip's class.
+
+    Indexed by (i, u): i picks the clip; u places the window, 0 at the clip's start, almost 1 at its
+    end.
+    """
+
+    def __init__(self, clips: list[Clip], labels: list[int]):
+        self.clips, self.labels = clips, labels
+
+    def __getitem__(self, item: tuple[int, float]) -> tuple[Tensor, int]:
+        i, u = item
+        wave = read_wav(self.clips[i].path)
+        spare = max(0, len(wave) - WINDOW)  # samples
+        start = int(u * (spare + 1))
+        return spectrogram(wave, start), self.labels[i]
 
 
 class AllWindows(Dataset):
@@ -254,18 +224,16 @@ def window_starts(n_samples: int) -> list[int]:
     return np.linspace(0, spare, count).round().astype(int).tolist()
 
 
-class SpecAug:
-    """SpecAugment's two masks (Park et al. 2019, arXiv 1904.08779, section 2), without its warping.
+class SpecAug(NamedTuple):
+    """SpecAugment without time warping (Park et al. 2019, arXiv 1904.08779, section 2).
 
-    x (B, T, F) -> (B, T, F). In each of the B spectrograms, w frames from t₀ on and v mel bins from
-    f₀ on become 0, which is AudioSet's mean. w is uniform on {0..time_mask} and t₀ on {0..T-w};
-    likewise v and f₀.
+    x (B, T, F) -> (B, T, F). In each of the B spectrograms, w frames starting at t₀ and v mel bins
+    starting at f₀ are set to 0. w is uniform on {0..time_mask} and t₀ on {0..T-w}; likewise v and
+    f₀.
     """
 
-    def __init__(self, time_mask: int, freq_mask: int):
-        if not 0 <= time_mask <= N_FRAMES or not 0 <= freq_mask <= N_MELS:
-            raise ValueError(f"SpecAug masks are 0 to {N_FRAMES} frames, 0 to {N_MELS} bins wide")
-        self.time_mask, self.freq_mask = time_mask, freq_mask
+    time_mask: int  # frames
+    freq_mask: int  # mel bins
 
     def __call__(self, x: Tensor) -> Tensor:
         B, T, F = x.shape
@@ -275,8 +243,8 @@ class SpecAug:
 
 
 def stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
-    """In each of B rows one stripe of True, of random width and place: (B, size) bool."""
-    width = torch.randint(max_width + 1, (B, 1), device=device)
+    """One random stripe of True per row: (B, size) bool."""
+    width = torch.randint(min(max_width, size) + 1, (B, 1), device=device)
     start = (torch.rand(B, 1, device=device) * (size - width + 1)).long()
     position = torch.arange(size, device=device)
     return (start <= position) & (position < start + width)
@@ -284,85 +252,184 @@ def stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-DEV = ["ToyCar", "ToyTrain", "bearing", "fan", "gearbox", "slider", "valve"]
-EVAL = ["ToyDrone", "ToyNscale", "ToyTank", "Vacuum", "bandsaw", "grinder", "shaker"]
+
+class InputError(ValueError):
+    """What a user can mend: a file, a name, a setting. It ends in one line, without a traceback."""
 
 
 def machine_names(names: list[str]) -> list[str]:
-    """The machines meant by --machine, each once: dev, eval and all are groups of them."""
+    """Expand dev, eval and all; drop duplicates."""
     machines = []
     for name in names:
         machines += {"dev": DEV, "eval": EVAL, "all": DEV + EVAL}.get(name, [name])
     return list(dict.fromkeys(machines))
 
 
+def default_run(machines: list[str], kind: str = "") -> Path:
+    """The run folder where none is named; machines as on the command line."""
+    return Path("runs", kind + "+".join(machines))
+
+
+def what_is_there(folder: Path) -> str:
+    """What a user finds where clips were expected, or in the nearest folder above."""
+    while not folder.is_dir():
+        folder = folder.parent
+    names = [path.name + "/" * path.is_dir() for path in sorted(folder.glob("[!.]*"))]
+    return f"{folder} has {shortened(names)}" if names else f"{folder} is empty"
+
+
+def shortened(items: list[str]) -> str:
+    """The first ten, and how many more there are."""
+    rest = f", and {len(items) - 10} more" if len(items) > 10 else ""
+    return ", ".join(items[:10]) + rest
+
+
+def decode_wav(content: bytes) -> tuple[int, np.ndarray]:
+    """The sample rate in Hz, and the samples as they are stored, (n_samples, channels).
+
+    Raises InputError, "is ..." or "has ...", if they cannot be read correctly.
+    """
+    rate, samples = wavfile.read(io.BytesIO(plain_wav(content)))
+    return rate, samples.reshape(len(samples), -1)
+
+
+def plain_wav(content: bytes) -> bytes:
+    """The same recording without what recorders write around it, which scipy stumbles over: only
+    the format and whole frames of samples. Raises InputError as decode_wav does; decodes nothing.
+    """
+    if len(content) >= 2**32:
+        raise InputError("has 4 GiB or more, which its header cannot describe: cut it into clips")
+    if content[:4] not in (b"RIFF", b"RIFX", b"RF64") or content[8:12] != b"WAVE":
+        raise InputError("is empty, or no WAV file (a renamed m4a?)")
+    order = ">" if content.startswith(b"RIFX") else "<"
+    chunks, position = {}, 12
+    while position + 8 <= len(content):
+        name, size = struct.unpack_from(f"{order}4sI", content, position)
+        if name == b"data" and content.startswith(b"RF64"):  # sizes of 64 bits, in a first chunk
+            (size,) = struct.unpack_from("<Q", content, 28)
+        chunk = content[position + 8 : position + 8 + size]
+        if name == b"data" and len(chunk) < size:
+            raise InputError(f"is cut off: {size - len(chunk):,} bytes of samples are missing")
+        if name == b"data" and name in chunks:
+            raise InputError("has two data chunks: save it again as an ordinary WAV")
+        chunks.setdefault(name, chunk)
+        position += 8 + size + size % 2  # chunks start at even bytes
+    fmt, samples = chunks.get(b"fmt ", b""), chunks.get(b"data", b"")
+    if len(fmt) < 16:
+        raise InputError("has a damaged header")
+
+    codec, channels, rate, block, bits = struct.unpack_from(f"{order}HHI4xHH", fmt)
+    if codec == 0xFFFE and len(fmt) >= 26:  # "extensible": the true codec stands further back
+        (codec,) = struct.unpack_from(f"{order}H", fmt, 24)
+    if codec not in (1, 3):
+        raise InputError(f"is compressed (WAV format {codec}): save it as PCM")
+    if not 1000 <= rate <= 1_000_000:
+        raise InputError(f"has a wrong sample rate: {rate} Hz is outside 1 kHz to 1 MHz")
+    usual = 1 <= channels <= 512 and bits in {1: (8, 16, 24, 32, 64), 3: (32, 64)}[codec]
+    if not usual or 8 * block != channels * bits:
+        raise InputError(f"has {channels} channels of {bits} bits in {block} bytes: save it as PCM")
+    size = len(samples) - len(samples) % block
+    if size < block * rate * FRAME / SAMPLE_RATE:
+        raise InputError("is shorter than a frame of 25 ms, or the recorder was cut off")
+    if codec == 3 or bits >= 32:
+        dtype = f"{order}{'i' if codec == 1 else 'f'}{bits // 8}"
+        refuse_wrong_scale(np.frombuffer(samples[:size], dtype)[::channels])
+    riff = b"RIFX" if order == ">" else b"RIFF"
+    head = struct.pack(f"{order}4sI8s", riff, 36 + size, b"WAVEfmt ")
+    head += struct.pack(f"{order}IHHIIHH", 16, codec, channels, rate, rate * block, block, bits)
+    return head + struct.pack(f"{order}4sI", b"data", size) + samples[:size]
+
+
+def refuse_wrong_scale(values: np.ndarray) -> None:
+    """Refuse floating-point numbers, or integers of 32 bits and more, that are not full scale."""
+    peak, bits = max(float(values.max()), -float(values.min())), 8 * values.itemsize
+    if not math.isfinite(peak):
+        raise InputError("has samples that are not finite (NaN or infinity)")
+    if values.dtype.kind == "f" and peak > 8:  # a little over 1 is normal
+        raise InputError(f"peaks at {peak:g}; floating-point samples should lie within ±1")
+    if values.dtype.kind == "i" and peak < 2 ** (bits - 9) and (values & 0xFF).any():
+        raise InputError(f"has 16- or 24-bit numbers in {bits} bits: shift them to full scale")
+
+
 # What the command lines have in common
 
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
-    options = {"nargs": "+", "required": True, "metavar": "NAME"}
-    text = "one or several names, or the groups dev, eval, all"
-    parser.add_argument("--machine", type=lambda name: name.rstrip("/"), help=text, **options)
+    options = {"nargs": "+", "required": True, "metavar": "NAME", "type": machine_name}
+    text = "folders in --data, or machines of DCASE2023, which are fetched; dev, eval, all: groups"
+    parser.add_argument("--machine", help=text, **options)
 
 
-def add_hardware(parser: argparse.ArgumentParser) -> None:
-    gpu = torch.cuda.is_available()
-    text = "cpu, cuda or cuda:1 (cuda, where there is one)"
-    add = parser.add_argument
-    add("--device", default="cuda" if gpu else "cpu", type=existing_device, help=text)
-    text = "processes that read WAV files (4 with a GPU, else 0: the main process reads)"
-    add("--workers", default=4 if gpu else 0, type=int, metavar="N", help=text)
+def machine_name(text: str) -> str:
+    """argparse type: the name of a folder. A slash at its end is ignored."""
+    name = text.rstrip("/")
+    if "/" in name or name in ("", ".", ".."):
+        right = "for data/halle1/pumpe2 write --data data/halle1 --machine pumpe2"
+        raise argparse.ArgumentTypeError(f"{text!r} is no folder's name: {right}")
+    return name
 
 
-def existing_device(name: str) -> torch.device:
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise argparse.ArgumentTypeError(f"{name} cannot be used: {reason}") from error
+def at_least(least: int | float):
+    """argparse type: a finite number >= least, an integer if `least` is one."""
+
+    def number(text: str) -> int | float:
+        value = type(least)(text)
+        if not least <= value < math.inf:
+            raise ValueError
+        return value
+
+    return number
 
 
-def positive(text: str) -> int:
-    """An argument's type: an integer of at least 1."""
-    if int(text) < 1:
-        raise ValueError
-    return int(text)
+positive, above_zero = at_least(1), at_least(1e-12)
 
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Errors that a user can mend end in one line; all others keep their traceback."""
+    """Print errors that the user can fix as one line; keep the traceback of all others."""
     # File names that the terminal cannot show are printed with escapes.
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
+        return
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: run the same command again to continue")
-    except (ValueError, OSError, ImportError) as error:
-        # An error in a DataLoader's worker carries a traceback; the message is its last line.
-        message = str(error).strip().split("\n")[-1].removeprefix("ValueError: ")
-        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+    except (InputError, OSError, ImportError) as error:
+        message = str(error).strip()
+        if "\nOriginal Traceback" in message:  # from a process that reads WAV files
+            message = message.split("\n")[-1].split(": ", 1)[1]  # without the error's class
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader"):
+            raise
+        message = "a process that reads WAV files died or got stuck (memory?): try --workers 0"
+    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
 
 
-# Files
+# Files and folders
 
 
-def make_folder(folder: Path) -> None:
-    """Raises OSError if the folder cannot be made or written to."""
+@contextlib.contextmanager
+def sole_use(folder: Path):
+    """Make a folder, and keep other commands out of it until this one ends, however it ends."""
     folder.mkdir(parents=True, exist_ok=True)
-    tempfile.TemporaryFile(dir=folder).close()
+    with open(folder / ".lock", "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise OSError(f"another command is working in {folder}") from error
+        except OSError:
+            pass  # a file system without locks
+        yield
 
 
 def write(path: Path, content: bytes) -> None:
-    """Replace the file as a whole: nobody ever reads half of it."""
+    """Write atomically."""
     part = path.with_name(f"{path.name}.part")
     try:
         part.write_bytes(content)
         part.replace(path)
-    except OSError as error:
-        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -381,15 +448,17 @@ def save(path: Path, content: dict) -> None:
 
 
 def load(path: Path, *keys: str) -> dict:
-    """Load what `save` wrote, without executing anything in it."""
+    """Load what `save` wrote, with these keys, without executing anything in it."""
     buffer = io.BytesIO(Path(path).read_bytes())
     try:
         content = torch.load(buffer, map_location="cpu", weights_only=True)
         if not set(keys) <= set(content):
-            raise KeyError(keys)
-    except Exception as error:  # of many kinds; PyTorch then advises weights_only=False, unsafe
-        reason = "was not written by this program, or is damaged: delete it"
-        raise ValueError(f"{path} {reason}") from error
+            raise pickle.UnpicklingError
+    except Exception as error:  # of many kinds, and not each is the file's fault
+        reason = f"cannot be loaded: {error!r}".split("\n")[0]
+        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own words advise to execute it
+            reason = "was not written by this program"
+        raise InputError(f"{path} {reason}") from error
     return content
 
 
@@ -427,40 +496,41 @@ ARCHIVE_MD5 = {
     "eval_data_shaker_test": "ba98c98caa96051ec80e24e44b8fca56",
     "eval_data_shaker_train": "35f821b5645b731fb5a1750e33b95fc3",
 }
-AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo refuses urllib's own
+AGENT = "asd-lora/1.0 (https://arxiv.org/abs/2409.07016)"  # Zenodo rejects urllib's default
 
 
 def fetch(machine: str, root: str | Path) -> None:
     """Download, verify and unpack a machine of DCASE2023 (0.4 GB), unless its folder exists.
 
-    Unpacks into <machine>.part and renames it when it is complete. An eval machine also gets the
-    labels that are not in its file names.
+    Unpacks into <machine>.part and renames it when it is complete. Eval file names carry no labels,
+    so those are downloaded too.
     """
     root = Path(root)
     if (root / machine).exists() or machine not in DEV + EVAL:
         return
+    print(f"fetching the challenge's {machine} into {root / machine}")
     part = root / f"{machine}.part"
     if machine in DEV:
         archives = {f"dev_{machine}": 7882613}  # name: Zenodo's record
     else:
         archives = {f"eval_data_{machine}_train": 7830345, f"eval_data_{machine}_test": 7860847}
-    for name, record in archives.items():
-        url, path = f"{ZENODO}/{record}/files/{name}.zip?download=1", part / f"{name}.zip"
-        download(url, path, "md5", ARCHIVE_MD5[name])
-        zipfile.ZipFile(path).extractall(part)  # <machine>/{train,test}/*.wav
-    if machine in EVAL:
-        truth = f"ground_truth_{machine}_section_00_test.csv"
-        download(f"{GROUND_TRUTH}/ground_truth_data/{truth}", part / machine / "labels.csv")
-        download(f"{GROUND_TRUTH}/ground_truth_domain/{truth}", part / machine / "domains.csv")
-    (part / machine).rename(root / machine)
-    shutil.rmtree(part)
+    with sole_use(part):
+        for name, record in archives.items():
+            url, path = f"{ZENODO}/{record}/files/{name}.zip?download=1", part / f"{name}.zip"
+            download(url, path, "md5", ARCHIVE_MD5[name])
+            zipfile.ZipFile(path).extractall(part)  # <machine>/{train,test}/*.wav
+        if machine in EVAL:
+            truth = f"ground_truth_{machine}_section_00_test.csv"
+            download(f"{GROUND_TRUTH}/ground_truth_data/{truth}", part / machine / "labels.csv")
+            download(f"{GROUND_TRUTH}/ground_truth_domain/{truth}", part / machine / "domains.csv")
+        (part / machine).rename(root / machine)
+        shutil.rmtree(part)
 
 
 def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> None:
     """Download `url` to `path`, unless it exists, and verify its checksum where one is given."""
     by_hand = f"open {url} in a browser and put the file at {path}"
     if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.part")
         request = urllib.request.Request(url, headers={"User-Agent": AGENT})
         try:
@@ -472,28 +542,27 @@ def download(url: str, path: Path, algorithm: str = "", digest: str = "") -> Non
             if received == 0 or (size > 0 and received != size):
                 raise OSError(f"got only {received:,} of {size:,} bytes")
             part.replace(path)
-        except (OSError, HTTPException, ValueError) as error:  # ValueError: a nonsense header
+        except (OSError, HTTPException, ValueError) as error:  # ValueError: malformed header
             reason = " ".join(str(error).split())
             raise OSError(f"cannot download {url} ({reason}): try again, or {by_hand}") from error
         finally:
             part.unlink(missing_ok=True)
     if digest and file_digest(path, algorithm) != digest:
-        raise ValueError(f"{path} has a wrong {algorithm}: delete it; then try again, or {by_hand}")
+        reason = f"fails its {algorithm} check: delete it; then try again"
+        raise InputError(f"{path} {reason}, or {by_hand}")
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Download and verify machines of DCASE2023.")
     add_machine(parser)
-    parser.add_argument(
-        "--data", default="data", metavar="DIR", help="folder for them (%(default)s)"
-    )
+    text = "where to put them (%(default)s)"
+    parser.add_argument("--data", default="data", metavar="DIR", help=text)
     args = parser.parse_args(argv)
     with one_line_errors():
         for machine in machine_names(args.machine):
             fetch(machine, args.data)
-            train = len(list_clips(args.data, machine, "train"))
-            test = len(list_clips(args.data, machine, "test"))
-            print(f"{args.data}/{machine}: training clips {train}, test clips {test}")
+            n_train = len(list_clips(args.data, machine, "train"))
+            print(f"{args.data}/{machine} has {n_train:,} training clips")
 
 
 if __name__ == "__main__":

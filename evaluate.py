@@ -8,8 +8,7 @@
 
 AUC is the probability that an anomaly has a higher score than a normal clip: 1/2 is chance. The
 anomalies of both domains count, as in the official code; several public implementations take only
-those of the same domain. Precision, recall and F1 (in metrics.csv) are about the decisions within a
-domain and are not part of the score. Source: nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
+those of the same domain. Source: nttcslab/dcase2023_task2_evaluator, 3aa8a9f.
 
     python evaluate.py --machine fan
     python evaluate.py --machine dev --run runs/lora-seed0 runs/lora-seed1     # mean ± deviation
@@ -19,50 +18,42 @@ of them come from <data>/<machine>/labels.csv and domains.csv.
 """
 
 import argparse
+import codecs
 import csv
 import io
 import json
 import math
 import sys
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from scipy.stats import hmean
-from sklearn.metrics import precision_recall_fscore_support, roc_auc_score
+from sklearn.metrics import roc_auc_score
 
 import data
+from data import InputError
 
 # The three numbers of a machine that the official score averages.
 METRICS = {"auc_source": "AUC source", "auc_target": "AUC target", "pauc": "pAUC"}
 EPS = sys.float_info.epsilon  # the official code's guard against a mean with a zero in it
 
 
-def machine_metrics(
-    scores: np.ndarray,
-    is_anomaly: np.ndarray,
-    is_target: np.ndarray,
-    decisions: np.ndarray | None = None,
-) -> dict[str, float]:
-    """The metrics of one machine, from 0 to 1. The arguments are (n,), with an entry for each clip.
-
-    Returns auc_source, auc_target, pauc and, if there are decisions, precision, recall and f1 of
-    each domain. An AUC is NaN without normal clips or without anomalies.
+def machine_metrics(scores, is_anomaly, is_target) -> dict[str, float]:
+    """auc_source, auc_target and pauc of one machine, from 0 to 1. The arguments are (n,), with an
+    entry for each clip. An AUC is NaN without normal clips or without anomalies.
     """
     scores = np.asarray(scores)
     is_anomaly, is_target = np.asarray(is_anomaly, bool), np.asarray(is_target, bool)
     for_source = ~is_target | is_anomaly  # the normal clips of source, and all anomalies
     for_target = is_target | is_anomaly
-    metrics = {
+    return {
         "auc_source": auc(is_anomaly[for_source], scores[for_source]),
         "auc_target": auc(is_anomaly[for_target], scores[for_target]),
         "pauc": auc(is_anomaly, scores, max_fpr=0.1),
     }
-    if decisions is not None:
-        decisions = np.asarray(decisions, bool)
-        metrics |= decision_metrics("source", is_anomaly[~is_target], decisions[~is_target])
-        metrics |= decision_metrics("target", is_anomaly[is_target], decisions[is_target])
-    return metrics
 
 
 def auc(is_anomaly: np.ndarray, scores: np.ndarray, max_fpr: float | None = None) -> float:
@@ -70,17 +61,6 @@ def auc(is_anomaly: np.ndarray, scores: np.ndarray, max_fpr: float | None = None
     if is_anomaly.all() or not is_anomaly.any():
         return math.nan
     return float(roc_auc_score(is_anomaly, scores, max_fpr=max_fpr))
-
-
-def decision_metrics(domain: str, is_anomaly: np.ndarray, decisions: np.ndarray) -> dict:
-    """Precision, recall and F1 within a domain: 0 where they are 0/0, NaN without clips."""
-    precision = recall = f1 = math.nan
-    if len(is_anomaly):
-        precision, recall, f1, _ = precision_recall_fscore_support(
-            is_anomaly, decisions, average="binary", zero_division=0
-        )
-    values = {"precision": precision, "recall": recall, "f1": f1}
-    return {f"{name}_{domain}": float(value) for name, value in values.items()}
 
 
 def official_score(machines: list[dict[str, float]]) -> float:
@@ -94,20 +74,38 @@ def official_score(machines: list[dict[str, float]]) -> float:
 # ---------------------------------------------- plumbing: not needed to follow the method
 
 
-def read_two_columns(path: Path, to_value: Callable) -> dict:
+class Trial(NamedTuple):
+    """One run, evaluated. Trials of the same `setting` differ only in their seed."""
+
+    run: Path
+    seed: int | str  # "" if unknown
+    setting: str  # everything that changes a score but the seed: clips, model, back-end
+    title: str  # the same in a few words
+    rows: list[dict]  # for each machine its name, its set (dev, eval or own) and its metrics
+
+
+def files_of(machine: str, run: Path) -> tuple[Path, Path, Path]:
+    """Scores and decisions, under the challenge's names, and the record of how they were made."""
+    scores = run / f"anomaly_score_{machine}_section_00_test.csv"
+    decisions = run / f"decision_result_{machine}_section_00_test.csv"
+    return scores, decisions, run / f"scoring_{machine}.json"
+
+
+# Labels and scores. Names are compared in Unicode's form NFC, since macOS decomposes letters.
+
+
+def read_two_columns(path: Path, to_value: Callable, right: str) -> dict:
     """{name: value} from lines such as a.wav,0.5, as the challenge or a spreadsheet writes them.
 
     The separator is a comma, semicolon or tab. A header and blank lines are skipped, and any other
-    line is refused.
+    line is refused: it should be `right`.
     """
-    text = path.read_bytes().decode("utf-8-sig", "surrogateescape")
-    squeezed = text.lower().replace('"', "").replace(" ", "")
-    separator = ","
-    if ".wav;" in squeezed:
-        separator = ";"
-    if ".wav\t" in squeezed:
-        separator = "\t"
-    values = {}
+    content = path.read_bytes()
+    text = content.decode("utf-8-sig", "surrogateescape")
+    if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        text = content.decode("utf-16", "replace")
+    squeezed, values = text.lower().replace('"', "").replace(" ", ""), {}
+    separator = max(",;\t", key=lambda character: squeezed.count(f".wav{character}"))
     reader = csv.reader(io.StringIO(text, newline=""), delimiter=separator)
     for row in reader:
         cells = [cell.strip() for cell in row if cell.strip()]
@@ -120,16 +118,16 @@ def read_two_columns(path: Path, to_value: Callable) -> dict:
         except (ValueError, KeyError) as error:
             if reader.line_num == 1 and not cells[0].lower().endswith(".wav"):
                 continue  # a header
-            right = "name.wav and a number (with a point, no comma), or 0 or 1 for a label"
-            raise ValueError(f"{line}: {separator.join(row)!r} should be {right}") from error
+            raise InputError(f"{line}: {separator.join(row)!r} should be {right}") from error
+        name = unicodedata.normalize("NFC", name)
         if name in values:
-            raise ValueError(f"{line}: {name} appears twice")
+            raise InputError(f"{line}: {name} appears twice")
         values[name] = value
     return values
 
 
 def to_label(text: str) -> bool:
-    return {"0": False, "1": True}[text]
+    return {0: False, 1: True}[float(text)]
 
 
 def to_score(text: str) -> float:
@@ -138,115 +136,138 @@ def to_score(text: str) -> float:
     return float(text)
 
 
-def read_labels(path: Path, names: list[str]) -> np.ndarray:
-    """0 or 1 for each of the names, as bool."""
-    labels = read_two_columns(path, to_label)
+def read_labels(path: Path, names: list[str], complete: bool) -> dict[str, bool]:
+    """0 or 1 for each of the names, as bool. Unless they must be complete, some may be missing."""
+    labels = read_two_columns(path, to_label, "name.wav and 0 or 1")
     missing = [name for name in names if name not in labels]
-    if missing:
-        raise ValueError(f"{path} has no line for {missing[0]} (missing clips: {len(missing)})")
-    return np.array([labels[name] for name in names])
+    if missing and any("\udc80" <= letter <= "\udcff" for letter in "".join(labels)):
+        raise InputError(f"{path} is not in UTF-8, and lacks {missing[0]}: save it as CSV UTF-8")
+    if missing and (complete or len(missing) == len(names)):
+        raise InputError(f"{path} has no line for {missing[0]} (missing clips: {len(missing)})")
+    return {name: labels[name] for name in names if name in labels}
 
 
-def labels_of(machine: str, names: list[str], root: str | Path) -> tuple[np.ndarray, np.ndarray]:
+def labels_of(
+    machine: str, names: list[str], root: str | Path
+) -> tuple[dict[str, bool], dict[str, bool]]:
     """is_anomaly and is_target of the test clips called `names`.
 
     They come from the names, or all from root/machine/labels.csv and domains.csv if any name lacks
-    its label. A clip without a domain counts as source. Raises FileNotFoundError without labels.
+    its label. A clip without a domain counts as source. A clip of one's own without a label is left
+    out. Without labels.csv, both are empty.
     """
-    clips = [data.parse_clip(Path(machine, "test", name)) for name in names]
-    is_target = np.array([clip.domain == "target" for clip in clips])
-    if all(clip.is_anomaly is not None for clip in clips):
-        return np.array([clip.is_anomaly for clip in clips]), is_target
+    clips = {name: data.parse_clip(Path(machine, "test", name)) for name in names}
+    is_anomaly = {name: clip.is_anomaly for name, clip in clips.items()}
+    is_target = {name: clip.domain == "target" for name, clip in clips.items()}
+    if None not in is_anomaly.values():
+        return is_anomaly, is_target
     labels, domains = Path(root, machine, "labels.csv"), Path(root, machine, "domains.csv")
     if not labels.exists():
-        example = f"{names[0]},1 for an anomaly or {names[0]},0 for a normal clip"
-        raise FileNotFoundError(f"{labels} is missing; it needs a line for each clip: {example}")
+        return {}, {}
+    is_anomaly = read_labels(labels, names, complete=set_of(machine, names) != "own")
     if domains.exists():
-        is_target = read_labels(domains, names)
-    return read_labels(labels, names), is_target
+        is_target = read_labels(domains, list(is_anomaly), complete=True)
+    return is_anomaly, is_target
 
 
-def known_labels(machine: str, names: list[str], root: str | Path) -> np.ndarray | None:
-    """is_anomaly of the clips, or None where nobody has labelled them."""
-    try:
-        return labels_of(machine, names, root)[0]
-    except FileNotFoundError:
-        return None
-    except ValueError as error:
-        print(f"note: no labels are used: {error}")
-        return None
+def set_of(machine: str, names: list[str]) -> str:
+    """dev or eval for the challenge's clips, own for all others."""
+    if all(name.startswith("section_00_") for name in names):
+        if machine in data.DEV:
+            return "dev"
+        if machine in data.EVAL:
+            return "eval"
+    return "own"
+
+
+# Runs
 
 
 def words(scored_with: dict) -> str:
-    """How the scores were made, in a few words."""
+    """How the scores were made, a few fields of it."""
     if not scored_with:
         return "not known"
-    setting = scored_with["setting"]
-    if scored_with["model"] == "pretrained":
-        model = f"pre-trained AST, {setting['pooling']}"
-    else:
-        model = f"{setting['tuning']}, {setting['precision']}"
-    text = f"{model}, normalize {scored_with['normalize']}, k {scored_with['k']}"
-    if scored_with["normalize"] == "test":
-        text += ", TRANSDUCTIVE"
-    return text
+    fields = scored_with | scored_with["setting"]
+    names = ["model", "tuning", "epochs", "precision", "pooling", "normalize", "k"]
+    text = ", ".join(f"{name} {fields[name]}" for name in names if name in fields)
+    return text.replace("normalize test", "normalize test (TRANSDUCTIVE)")
 
 
-def evaluate_machine(machine: str, run: Path, root: str | None = None) -> dict:
-    """A row of metrics.csv, and under "setting" what two runs must share to be averaged."""
-    suffix = f"{machine}_section_00_test.csv"
-    score_file, decision_file = run / f"anomaly_score_{suffix}", run / f"decision_result_{suffix}"
-    if not score_file.exists():
-        raise FileNotFoundError(f"{run} has no scores of {machine}: run score.py, or set --run")
-    scoring, how, adapter = {}, run / f"scoring_{machine}.json", run / "adapter.pt"
-    if how.exists():
-        scoring = json.loads(how.read_text())
-    if "adapter_sha256" in scoring and adapter.exists():
-        if data.file_digest(adapter) != scoring["adapter_sha256"]:
-            raise ValueError(f"{run} was trained after {machine} was scored: score again")
+def read_record(machine: str, run: Path) -> dict:
+    """How the scores of a machine were made; {} if nobody knows.
 
-    scores = read_two_columns(score_file, to_score)
+    Raises InputError if the record is about other scores, or another adapter, than lie there.
+    """
+    scores, _, file = files_of(machine, run)
+    adapter = run / "adapter.pt"
+    if not scores.exists():
+        raise InputError(f"{run} has no scores of {machine}: run score.py, or set --run")
+    if not file.exists():
+        return {}
+    try:
+        record = json.loads(file.read_text())
+    except ValueError as error:
+        raise InputError(f"{file} is damaged: score again") from error
+    if record.get("scores_sha256") != data.file_digest(scores):
+        raise InputError(f"{file} describes other scores than {scores}: score again")
+    if "adapter_sha256" in record and adapter.exists():
+        if data.file_digest(adapter) != record["adapter_sha256"]:
+            raise InputError(f"{run} was trained after {machine} was scored: score again")
+    return record
+
+
+def evaluate_machine(machine: str, run: Path, root: str | Path) -> dict:
+    """A machine's metrics, and what they are of. root: the folder of its labels.csv."""
+    scores = read_two_columns(files_of(machine, run)[0], to_score, "name.wav and a number (1.5)")
     names = list(scores)
-    is_anomaly, is_target = labels_of(machine, names, root or scoring.get("data", "data"))
-    decisions = read_labels(decision_file, names) if decision_file.exists() else None
-    metrics = machine_metrics(list(scores.values()), is_anomaly, is_target, decisions)
-
-    scored_with = scoring.get("scored_with", {})
-    setting = dict(scored_with.get("setting", {}))
-    seed = setting.pop("seed", "")
-    shared = scored_with | {"setting": setting}
-    if not scored_with:
-        shared = str(run)  # without a record, a run is never averaged with another
-    which = "own"
-    if machine in data.DEV + data.EVAL:
-        which = "dev" if machine in data.DEV else "eval"
-    return {
-        "run": str(run),
-        "machine": machine,
-        "set": which,
-        "seed": seed,
-        "scored_with": words(scored_with),
-        **metrics,
-        "harmonic_mean": official_score([metrics]),
-        "setting": [shared, names],
-    }
+    is_anomaly, is_target = labels_of(machine, names, root)
+    if not is_anomaly:
+        example = f"{names[0]},1 for an anomaly or {names[0]},0 for a normal clip"
+        raise InputError(f"{Path(root, machine)}/labels.csv is missing; it has lines as {example}")
+    labelled = list(is_anomaly)
+    if len(labelled) < len(names):
+        print(f"{machine}: left out, since without a label: {len(names) - len(labelled)} clips")
+    if len(set(is_anomaly.values())) == 1:
+        print(f"{machine}: no AUC, since all labels are {int(is_anomaly[labelled[0]])}")
+    columns = [[of_clip[name] for name in labelled] for of_clip in (scores, is_anomaly, is_target)]
+    metrics = machine_metrics(*columns)
+    about = {"run": str(run), "machine": machine, "set": set_of(machine, names)}
+    return about | metrics | {"harmonic_mean": official_score([metrics])}
 
 
-# Tables. A trial is the list of one run's rows. Trials of one setting differ only in their seed.
+def evaluate_run(run: Path, machines: list[str], root: str | None) -> Trial:
+    """All machines of one run. root: the data folder, if not the one that was scored."""
+    rows, settings, seed = [], [], ""
+    for machine in machines:
+        record = read_record(machine, run)
+        row = evaluate_machine(machine, run, root or record.get("data", "data"))
+        scored_with = record.get("scored_with", {})
+        setting = dict(scored_with.get("setting", {}))
+        seed = setting.pop("seed", "")
+        # A run without a record is never averaged with another.
+        settings.append(scored_with | {"setting": setting} if scored_with else str(run))
+        rows.append(row | {"seed": seed, "scored_with": words(scored_with)})
+    for row in rows:
+        of_set = [other for other in rows if other["set"] == row["set"]]
+        row["official_score"] = "" if row["set"] == "own" else official_score(of_set)
+    data.write_csv(run / "metrics.csv", [rows[0], *[row.values() for row in rows]])
+    title = " / ".join(dict.fromkeys(row["scored_with"] for row in rows))
+    return Trial(run, seed, json.dumps([machines, settings], sort_keys=True), title, rows)
 
 
-def same_setting(trials: list[list[dict]]) -> list[list[list[dict]]]:
-    """Group the trials by setting. Raises ValueError if a seed appears twice."""
+def group_by_setting(trials: list[Trial]) -> list[list[Trial]]:
+    """Raises InputError if a seed appears twice in a group."""
     groups = {}
     for trial in trials:
-        setting = str([row["setting"] for row in trial])
-        group = groups.setdefault(setting, {})
-        seed = trial[0]["seed"]
-        if seed in group:
-            other = group[seed][0]["run"]
-            raise ValueError(f"{trial[0]['run']} has the same setting and seed as {other}")
-        group[seed] = trial
-    return [list(group.values()) for group in groups.values()]
+        group = groups.setdefault(trial.setting, [])
+        for other in group:
+            if other.seed == trial.seed:
+                raise InputError(f"{trial.run} has the same setting and seed as {other.run}")
+        group.append(trial)
+    return list(groups.values())
+
+
+# Tables
 
 
 def percent(values: list[float]) -> str:
@@ -259,24 +280,20 @@ def percent(values: list[float]) -> str:
     return text
 
 
-def official(which: str, group: list[list[dict]]) -> str:
-    """The official score of dev or eval; partial, unless all seven machines have all three numbers
-    in every trial.
+def total(which: str, group: list[Trial]) -> str:
+    """The official score of dev or eval, or the same mean over one's own machines. It is partial,
+    unless all seven machines have all three numbers in every trial.
     """
-    trials = [[row for row in trial if row["set"] == which] for trial in group]
-    text = f"**{percent([official_score(rows) for rows in trials])}** (n = {len(group)})"
-    complete = 7
-    for rows in trials:
+    values, complete = [], 7
+    for trial in group:
+        rows = [row for row in trial.rows if row["set"] == which]
+        values.append(official_score(rows))
         whole = [row for row in rows if not any(math.isnan(row[key]) for key in METRICS)]
         complete = min(complete, len(whole))
+    text = f"**{percent(values)}** (n = {len(group)})"
     if which != "own" and complete < 7:
         text += f", partial ({complete}/7)"
     return text
-
-
-def scored_with(group: list[list[dict]]) -> str:
-    """The same for all trials, but maybe not for all machines."""
-    return " / ".join(dict.fromkeys(row["scored_with"] for row in group[0]))
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
@@ -284,33 +301,33 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def table_of_machines(group: list[list[dict]]) -> str:
+def table_of_machines(group: list[Trial]) -> str:
     """A line for each machine, as mean ± deviation over the trials, and the official scores."""
-    every_row = [row for trial in group for row in trial]
     columns = METRICS | {"harmonic_mean": "harmonic mean"}
     for key in METRICS:
-        if all(math.isnan(row[key]) for row in every_row):
+        if all(math.isnan(row[key]) for trial in group for row in trial.rows):
             del columns[key]  # such as AUC target of a machine of one's own
-    rows = []
-    for of_machine in zip(*group):
-        cells = [percent([row[key] for row in of_machine]) for key in columns]
-        rows.append([of_machine[0]["machine"], *cells])
-    text = f"### {scored_with(group)}\n\n{markdown(['%', *columns.values()], rows)}\n"
+    lines = []
+    for i, row in enumerate(group[0].rows):
+        cells = [percent([trial.rows[i][key] for trial in group]) for key in columns]
+        lines.append([row["machine"], *cells])
+    text = f"### {group[0].title}\n\n{markdown(['%', *columns.values()], lines)}\n"
     for which in ("dev", "eval"):
-        if any(row["set"] == which for row in every_row):
-            text += f"\n{which}, official score: {official(which, group)}"
+        if any(row["set"] == which for row in group[0].rows):
+            text += f"\n{which}, official score: {total(which, group)}"
     return text
 
 
-def table_of_settings(groups: list[list[list[dict]]]) -> str:
-    """A line for each setting: the official scores, and how it was scored."""
-    sets = list(dict.fromkeys(row["set"] for row in groups[0][0]))
-    rows = []
+def table_of_settings(groups: list[list[Trial]]) -> str:
+    """A line for each setting, named by its first run."""
+    sets = list(dict.fromkeys(row["set"] for row in groups[0][0].rows))
+    lines = []
     for group in groups:
-        first = group[0][0]
-        name = first["run"].removesuffix(f"seed{first['seed']}").rstrip("-_")
-        rows.append([name, *[official(which, group) for which in sets], scored_with(group)])
-    return markdown(["setting", *sets, "scored with"], rows)
+        more = f" and {len(group) - 1} more" if len(group) > 1 else ""
+        scores = [total(which, group) for which in sets]
+        lines.append([f"{group[0].run}{more}", *scores, group[0].title])
+    names = {"dev": "dev, official score", "eval": "eval, official score", "own": "harmonic mean"}
+    return markdown(["setting", *[names[which] for which in sets], "scored with"], lines)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -318,24 +335,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=about)
     data.add_machine(parser)
     add = parser.add_argument
-    add("--run", nargs="+", action="extend", metavar="DIR", help="run folders (runs/<names>)")
-    add("--data", metavar="DIR", help="with <machine>/labels.csv (where the scored clips were)")
+    text = "run folders (runs/<machines>)"
+    add("--run", nargs="+", action="extend", type=Path, metavar="DIR", help=text)
+    add("--data", metavar="DIR", help="has <machine>/labels.csv (where the scored clips were)")
     args = parser.parse_args(argv)
-    runs = args.run or [f"runs/{'+'.join(args.machine)}"]
     machines = data.machine_names(args.machine)
     with data.one_line_errors():
-        trials = []
-        for run in map(Path, runs):
-            trial = [evaluate_machine(machine, run, args.data) for machine in machines]
-            for row in trial:
-                of_set = [other for other in trial if other["set"] == row["set"]]
-                row["official_score"] = official_score(of_set)
-            trials.append(trial)
-        groups = same_setting(trials)
-        for trial in trials:
-            names = [name for name in trial[0] if name != "setting"]
-            rows = [[row[name] for name in names] for row in trial]
-            data.write_csv(Path(trial[0]["run"]) / "metrics.csv", [names, *rows])
+        runs = args.run or [data.default_run(args.machine)]
+        trials = [evaluate_run(run, machines, args.data) for run in runs]
+        groups = group_by_setting(trials)
         print(table_of_machines(groups[0]) if len(groups) == 1 else table_of_settings(groups))
 
 

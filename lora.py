@@ -5,7 +5,7 @@
     x (..., in)      input             W (out, in), b (out)   pre-trained, frozen
     A (rank, in)     trained           B (out, rank)          trained, starts at zero
 
-This is their equation 3 with the scaling of their section 4.1 and the dropout of their code.
+This is their equation 3, with the scaling from section 4.1 and the dropout from their code.
 Because B starts at zero, a freshly adapted model computes exactly what the pre-trained one does.
 The update is linear, so it can be merged into W: W' = W + alpha/rank · B A. A merged model costs
 nothing extra.
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 
 class LoRALinear(nn.Module):
-    """The equation above around one `nn.Linear`, which is frozen and kept as `base`.
+    """Applies the equation above to one nn.Linear, which is frozen and kept as `base`.
 
     rank     r >= 1; the update has rank · (in + out) weights instead of in · out
     alpha    > 0; scales the update by alpha/rank
@@ -41,7 +41,7 @@ class LoRALinear(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.A = nn.Parameter(base.weight.new_empty(rank, base.in_features))
         self.B = nn.Parameter(base.weight.new_zeros(base.out_features, rank))
-        bound = 1 / math.sqrt(base.in_features)  # as nn.Linear itself starts, and microsoft/LoRA
+        bound = 1 / math.sqrt(base.in_features)  # same init as nn.Linear and microsoft/LoRA
         nn.init.uniform_(self.A, -bound, bound)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def add_lora(
     layers: list[int] | None = None,
 ) -> None:
     """Wrap the linear layers called `targets` in the chosen `model.blocks`, in place. Freeze the
-    model before: only the wrapped layers are frozen here.
+    model first; this freezes only the layers it wraps.
 
     targets  names of linear layers inside a block: any of q k v proj fc1 fc2 for the AST
     layers   which blocks: indices into model.blocks, None for all
@@ -90,7 +90,7 @@ def add_lora(
                 found.add(name)
     missing = set(targets) - found
     if missing:
-        raise ValueError(f"LoRA targets that name no linear layer of a block: {' '.join(missing)}")
+        raise ValueError(f"no linear layer in these blocks is called {' or '.join(missing)}")
 
 
 def merge_lora(model: nn.Module) -> None:
@@ -100,7 +100,7 @@ def merge_lora(model: nn.Module) -> None:
             model.set_submodule(path, module.merged())
 
 
-# Only what was trained is saved: the parameters that require a gradient.
+# What is trained, in every tuning, is what requires a gradient. Only this is saved.
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:
@@ -112,11 +112,11 @@ def load_trained_state(model: nn.Module, state: dict[str, Tensor]) -> None:
     """Copy `state` into a model that was prepared in the same way; else raise ValueError."""
     here = {name: p.shape for name, p in trained_state(model).items()}
     if here != {name: p.shape for name, p in state.items()}:
-        raise ValueError("the saved weights do not fit: other layers, another rank or size")
+        raise ValueError("saved weights do not match the model (different layers, rank or size)")
     model.load_state_dict(state, strict=False)
 
 
 def count_parameters(model: nn.Module) -> tuple[int, int]:
-    """(trainable, total) numbers of weights."""
+    """(trainable, total) parameter counts."""
     trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return trainable, sum(p.numel() for p in model.parameters())

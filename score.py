@@ -15,6 +15,8 @@ report_fan.html, a page to listen to the most anomalous clips.
 """
 
 import argparse
+import datetime
+import hashlib
 import html
 import importlib.util
 import io
@@ -28,7 +30,6 @@ from urllib.parse import quote
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
@@ -37,7 +38,7 @@ import data
 import evaluate
 import lora
 from backbone import Embedder, load_ast
-from data import Clip
+from data import Clip, InputError
 from train import load_run
 
 
@@ -50,86 +51,86 @@ class Windows(NamedTuple):
 
 
 class Scorer(NamedTuple):
-    """A model, and how it scores."""
+    """A model, its data folder, and a record of how it scores."""
 
     model: Embedder
     model_key: str  # changes with the model and with the code that computes embeddings
-    root: Path  # folder of the clips
+    root: Path
     record: dict  # for scoring_<machine>.json
 
 
 @torch.inference_mode()
-def embed(model: Embedder, clips: list[Clip], batch_size: int, workers: int):
+def embed(model: Embedder, clips: list[Clip], batch_size: int = 8, workers: int = 0):
     """Yields for each clip the embeddings of its windows, (n, D), and their starts, in samples.
 
-    In float32 on every device.
+    In float32 on every device. Raises InputError if they are not finite.
     """
     model.eval()
     device = model.ast.pos_embed.device
-    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 of 23 mantissa bits: a GPU would
-    torch.backends.cudnn.allow_tf32 = False  # give other scores than a CPU
-    windows = data.AllWindows(clips)
-    for items in DataLoader(windows, batch_size, num_workers=workers, collate_fn=list):
+    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 of 23 mantissa bits: a GPU's
+    torch.backends.cudnn.allow_tf32 = False  # scores would differ from a CPU's
+    timeout = backbone.TIMEOUT if workers else 0
+    loader = DataLoader(
+        data.AllWindows(clips), batch_size, num_workers=workers, timeout=timeout, collate_fn=list
+    )
+    for items in loader:
         # A batch of clips. Long clips have many windows, so windows are batched again.
         spectrograms, starts = zip(*items)
         x = torch.cat(spectrograms)
         e = torch.cat([model(part.to(device)).cpu() for part in x.split(batch_size)])
+        if not e.isfinite().all():
+            reason = "the weights are not finite, or too large"
+            raise InputError(f"{reason}: train again with a smaller --lr")
         counts = [len(of_clip) for of_clip in starts]
         for e_of_clip, starts_of_clip in zip(e.split(counts), starts):
             yield e_of_clip.clone(), starts_of_clip  # a view would be saved with its whole batch
 
 
-def embed_new(scorer: Scorer, clips: list[Clip], file: Path, args: argparse.Namespace) -> list:
-    """What `embed` yields, as a list. Clips that were embedded before are read from `file`.
+def windows_of(clips: list[Clip], checksums: dict, scorer: Scorer, args) -> Windows:
+    """All windows of some clips of one machine, of which only new ones go through the network.
 
     A clip is known by its checksum, so a renamed file is not embedded again. Another model, or any
     edit of data.py, lora.py or backbone.py, embeds all clips again.
     """
-    known = {}  # checksum of a clip: (embeddings, starts)
+    file = args.run / f"embeddings_{clips[0].machine}.pt"
+    known = {}  # checksum of a clip: what `embed` yields for it
     if file.exists():
         saved = data.load(file, "model", "clips")
         if saved["model"] == scorer.model_key:
             known = saved["clips"]
-    checksums = [data.file_digest(clip.path) for clip in clips]
-    new = {checksum: clip for checksum, clip in zip(checksums, clips) if checksum not in known}
-    results = embed(scorer.model, list(new.values()), args.batch_size, args.workers)
-    progress = tqdm(zip(results, new), "clips", len(new), leave=False, disable=None)
+    new = {checksums[clip.path]: clip for clip in clips if checksums[clip.path] not in known}
+    embedded = embed(scorer.model, list(new.values()), args.batch_size, args.workers)
     try:
-        for count, (result, checksum) in enumerate(progress, 1):
+        for checksum, result in zip(tqdm(new, "clips", leave=False, disable=None), embedded):
             known[checksum] = result
-            if count % 100 == 0:
-                data.save(file, {"model": scorer.model_key, "clips": known})
-    finally:  # also after an error or Ctrl-C; only the clips that are still there are kept
-        known = {checksum: known[checksum] for checksum in checksums if checksum in known}
+    finally:  # also after an error or Ctrl-C
         if new:
             data.save(file, {"model": scorer.model_key, "clips": known})
-    return [known[checksum] for checksum in checksums]
 
-
-def windows_of(embedded: list[tuple[Tensor, list[int]]]) -> Windows:
-    """Put the embeddings of several clips, and their starts, one after the other."""
-    embedding = torch.cat([of_clip for of_clip, _ in embedded]).numpy()
-    counts = [len(starts) for _, starts in embedded]
-    clip_index = np.repeat(np.arange(len(embedded)), counts)
-    start = np.concatenate([starts for _, starts in embedded])
-    return Windows(embedding, clip_index, start)
+    embeddings, starts = zip(*[known[checksums[clip.path]] for clip in clips])
+    clip_index = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
+    return Windows(torch.cat(embeddings).numpy(), clip_index, np.concatenate(starts))
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
-    return (1 - x @ y.T).clip(min=0)  # rounding may go below 0
+    return (1 - x @ y.T).clip(min=0)  # rounding can give values just below 0
 
 
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """Mean of the k smallest distances in each row: (m, n) -> (m,).
 
-    Raises ValueError if a row has fewer than k that are finite.
+    Raises InputError if a row has fewer than k that are finite.
     """
-    fewest = np.isfinite(d).sum(axis=1).min()  # neighbours in any row
-    if k > fewest:
-        reason = f"a clip has only {fewest} windows of other clips as neighbours, not {k}"
-        raise ValueError(f"too few training clips: {reason}")
+    if k > fewest_neighbours(d):
+        reason = f"a clip has only {fewest_neighbours(d)} windows of other clips as neighbours"
+        raise InputError(f"too few training clips: {reason}; --k or --normalize density needs {k}")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
+
+
+def fewest_neighbours(d: np.ndarray) -> int:
+    """The smallest number of finite distances in a row of d (m, n)."""
+    return int(np.isfinite(d).sum(axis=1).min())
 
 
 def anomaly_scores(
@@ -137,8 +138,8 @@ def anomaly_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of one machine's test windows, (m,), and training windows, (n,).
 
-    d_test (m, n) and d_train (n, n) are distances to the training windows; in d_train, those within
-    a clip are infinite. domain (n,) is "source", "target", or "" where it is not known.
+    d_test (m, n) and d_train (n, n) are distances to the training windows. In d_train they are
+    infinite where two windows may not be neighbours. domain (n,) is "source", "target" or "".
     """
     if normalize == "density":
         return density_scores(d_test, d_train, k)
@@ -158,52 +159,56 @@ def most_anomalous(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
 
 def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> None:
     """Score one machine, from its clips to its files."""
-    # Clips. Of identical training clips only one counts.
-    train_clips, test_clips = clips_to_score(machine, scorer.root)
+    # Clips. There may be no test clips yet.
+    train_clips, test_clips, checksums = clips_to_score(machine, scorer.root)
 
-    # Embeddings of all their windows.
-    file = args.run / f"embeddings_{machine}.pt"
-    embedded = embed_new(scorer, train_clips + test_clips, file, args)
-    train = windows_of(embedded[: len(train_clips)])
-    test = windows_of(embedded[len(train_clips) :])
+    # Embeddings of all windows of the training clips, and their distances. A training clip is no
+    # neighbour of itself, nor of a copy, in whatever bytes it was saved.
+    train_windows = windows_of(train_clips, checksums, scorer, args)
+    d_train = distances(train_windows.embedding, train_windows.embedding)  # (n, n)
+    same_clip = train_windows.clip_index[:, None] == train_windows.clip_index  # (n, n)
+    copies = d_train < 1e-6
+    d_train[same_clip | copies] = np.inf
+    earlier = train_windows.clip_index[:, None] > train_windows.clip_index
+    print_copies(copies & earlier, train_windows, train_clips)
+    suspects = suspicious_training_clips(d_train, train_windows, train_clips)
+    if not test_clips:
+        print_suspects(suspects)
+        return
 
-    # Distances to the training windows. A training clip is no neighbour of itself.
-    d_test = distances(test.embedding, train.embedding)  # (m, n)
-    d_train = distances(train.embedding, train.embedding)  # (n, n)
-    same_clip = train.clip_index[:, None] == train.clip_index  # (n, n)
-    d_train[same_clip] = np.inf
+    # Embeddings of all windows of the test clips, and their distances to the training windows.
+    test_windows = windows_of(test_clips, checksums, scorer, args)
+    d_test = distances(test_windows.embedding, train_windows.embedding)  # (m, n)
+    print_copies(d_test < 1e-6, test_windows, test_clips)
 
     # Scores of all windows. A clip has the score of its most anomalous window.
-    domain = np.array([train_clips[i].domain or "" for i in train.clip_index])  # (n,)
+    domain = np.array([train_clips[i].domain or "" for i in train_windows.clip_index])  # (n,)
     scores, train_scores = anomaly_scores(d_test, d_train, domain, args.k, args.normalize)
-    worst = most_anomalous(scores, test.clip_index)  # one window of each test clip
-    worst_of_train = most_anomalous(train_scores, train.clip_index)
+    worst_window = most_anomalous(scores, test_windows.clip_index)  # one for each test clip
+    worst_train_window = most_anomalous(train_scores, train_windows.clip_index)
 
     # Threshold. It is too low for a trained model, which has fitted these clips: expect more false
     # alarms than the percentile suggests.
-    train_clip_scores = train_scores[worst_of_train]
+    train_clip_scores = train_scores[worst_train_window]
     threshold = np.percentile(train_clip_scores, args.percentile)
 
     # Results: one row for each test clip. Its nearest training clip is the nearest one by plain
-    # distance, also where the score is normalised.
+    # distance, even when the score is normalised.
     rows = []
-    for clip, window in zip(test_clips, worst):
+    for clip, window in zip(test_clips, worst_window):
         near = d_test[window].argmin()
         row = {
             "test_clip": clip.path.name,
             "score": float(scores[window]),
             "threshold": float(threshold),
             "alarm": int(scores[window] > threshold),
-            "nearest_training_clip": train_clips[train.clip_index[near]].path.name,
+            "nearest_training_clip": train_clips[train_windows.clip_index[near]].path.name,
             "distance": float(d_test[window, near]),
-            "at_seconds": float(test.start[window] / data.SAMPLE_RATE),
-            "nearest_at_seconds": float(train.start[near] / data.SAMPLE_RATE),
+            "at_seconds": float(test_windows.start[window] / data.SAMPLE_RATE),
+            "nearest_at_seconds": float(train_windows.start[near] / data.SAMPLE_RATE),
         }
         rows.append(row)
-
-    # Training clips that may be faulty themselves, and all files.
-    suspects = suspicious_training_clips(d_train, train, train_clips)
-    write_results(machine, rows, suspects, train_clip_scores, scorer, args)
+    write_results(machine, rows, suspects, train_clip_scores, checksums, scorer, args)
 
 
 # Two ways to make distances comparable, for --normalize. Distances tend to be smaller among the
@@ -219,19 +224,19 @@ def density_scores(
     """Divide d(x, y) by ρ(y), the mean distance of y to its nearest neighbours from other clips
     (Wilkinghoff et al. 2025, arXiv 2509.10951).
 
-    Simplification: a training clip that is being scored still counts in the ρ of its neighbours.
+    Simplification: ρ is not recomputed without the training clip being scored.
     """
-    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,) of each column; 0 among equal clips
+    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,) of each column
     return nearest(d_test / rho, k), nearest(d_train / rho, k)
 
 
 def standardised_scores(
     d_test: np.ndarray, d_train: np.ndarray, domain: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """min over the domains of (score - μ) / σ, where a score is the distance to the training clips
-    of that domain, and μ and σ are over all test windows (from RMIS, code of the paper's lab).
+    """Standardise each domain's distances by their mean and std over all test windows, then take
+    the smaller (from RMIS, code of the paper's lab).
 
-    TRANSDUCTIVE: each score depends on the whole test set. Later challenge rules forbid it.
+    TRANSDUCTIVE: each score depends on the whole test set, which the challenge's rules forbid.
     """
     all_test, all_train = [], []
     for name in np.unique(domain):
@@ -240,101 +245,153 @@ def standardised_scores(
         train_scores = nearest(d_train[:, columns], k)
         mean, std = test_scores.mean(), test_scores.std()
         if std < 1e-9:
-            raise ValueError("--normalize test needs test clips whose scores vary")
+            raise InputError("--normalize test needs test clips whose scores vary")
         all_test.append((test_scores - mean) / std)
         all_train.append((train_scores - mean) / std)
     return np.min(all_test, axis=0), np.min(all_train, axis=0)
 
 
+def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
+    """The settings: how a trained run, or the pre-trained AST, scores."""
+    about = "Score test clips by their distance to normal training clips. Defaults are in brackets."
+    parser = argparse.ArgumentParser(description=about)
+    data.add_machine(parser)
+    add = parser.add_argument
+    add("--run", type=Path, metavar="DIR", help="run folder (runs/[pretrained-]<machines>)")
+    add("--data", metavar="DIR", help="has <machine>/{train,test}/*.wav (the run's, or data)")
+    add("--weights", metavar="FILE", help=f"pre-trained AST (the run's, or {backbone.WEIGHTS})")
+    add("--pretrained", action="store_true", help="score with the pre-trained AST, not with a run")
+    add("--pooling", choices=["cls", "mean"], help="its mean of class tokens or patches (cls)")
+    add("--k", type=data.positive, default=1, help="nearest neighbours (%(default)s)")
+    text = "normalise distances by density, or by test-set statistics: transductive (%(default)s)"
+    add("--normalize", default="none", choices=["none", "density", "test"], help=text)
+    text = "the threshold, as a percentile of the training clips' scores (90)"
+    add("--percentile", type=float, default=90.0, metavar="P", help=text)
+    add("--plot", action="store_true", help="draw <machine>.png for the page; needs matplotlib")
+    backbone.add_hardware(parser)
+    text = "clips per batch, windows per forward pass (8); hours of sound: 1, and --workers 0"
+    add("--batch-size", type=data.positive, default=8, help=text)
+    args = parser.parse_args(argv)
+    if args.pooling and not args.pretrained:
+        parser.error("--pooling goes with --pretrained: a trained model has its own")
+    if not 1 <= args.percentile <= 100:
+        parser.error("--percentile must be from 1 to 100, such as 90")
+    kind = "pretrained-" if args.pretrained else ""
+    if args.pooling == "mean":
+        kind += "mean-"
+    args.run = args.run or data.default_run(args.machine, kind)
+    return args
+
+
 # ---------------------------------------------- plumbing: not needed to follow the method
 
 
-def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip]]:
-    """The training clips, of which identical files count once, and the test clips.
+def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip], dict[Path, str]]:
+    """The training clips, the test clips, and the checksum of each file.
 
-    A copy among the training clips would be its own neighbour. Prints what is read and what is not.
+    Raises InputError, naming all files that cannot be read.
     """
-    listed = data.list_clips(root, machine, "train")
-    test = data.list_clips(root, machine, "test")
-    train = {data.file_digest(clip.path): clip for clip in listed}  # key: the file's content
-    copies = len(listed) - len(train)
-    copies += sum(data.file_digest(clip.path) in train for clip in test)
-    read = {clip.path for clip in listed + test}
-    not_read = []
-    for split in ("train", "test"):
-        files = sorted((root / machine / split).glob("[!.]*"))
-        not_read += [path.name for path in files if path not in read]
-    notes = []
-    if not_read:
-        notes.append(f"not read: {', '.join(not_read[:10])}")
+    train, test = data.list_clips(root, machine, "train"), []
+    if any((root / machine / "test").glob("[!.]*")):
+        test = data.list_clips(root, machine, "test")
+    checksums, unreadable = {}, []
+    for clip in train + test:
+        content = clip.path.read_bytes()
+        checksums[clip.path] = hashlib.sha256(content).hexdigest()
+        try:
+            data.plain_wav(content)
+        except InputError as error:
+            unreadable.append(f"{clip.path} {error}")
+    if unreadable:
+        raise InputError(f"these files cannot be read: {data.shortened(unreadable)}")
+    files = [*(root / machine).glob("train/[!.]*"), *(root / machine).glob("test/[!.]*")]
+    not_read = sorted(path.name for path in files if path not in checksums)
+    note = f" (not read: {data.shortened(not_read)})" if not_read else ""
+    print(f"{machine}: test clips {len(test)}, training clips {len(train)}{note}")
+    if len(train) < 20:
+        print("So few training clips make the threshold a guess: fifty or more are better.")
+    return train, test, checksums
+
+
+def print_copies(equal: np.ndarray, windows: Windows, clips: list[Clip]) -> None:
+    """Name the clips of which every window equals one of a training clip. equal (m, n): bool."""
+    is_copy = equal.any(axis=1)  # (m,)
+    pairs = enumerate(clips)
+    copies = [str(clip.path) for i, clip in pairs if is_copy[windows.clip_index == i].all()]
     if copies:
-        notes.append(f"copies of training clips: {copies}")
-    note = f" ({'; '.join(notes)})" if notes else ""
-    print(f"{machine}: test clips {len(test)}, training clips {len(listed)}{note}")
-    if len(train) < 2:
-        raise ValueError(f"{machine} needs at least 2 training clips that are not the same")
-    return list(train.values()), test
+        print(f"copies of training clips: {len(copies)} ({data.shortened(copies)})")
 
 
 def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[Clip]) -> list[dict]:
-    """The three training clips that differ most from the others: by the mean distance of a clip's
-    worst window to the 20 nearest windows of other clips (or to fewer, where there are fewer).
+    """Most unusual training clips, with their distance relative to the median (1 = typical): the
+    first three, and all above 5, at most 20. The distance is that of a clip's worst window to the
+    20 nearest windows of other clips, or to fewer, where there are fewer.
     """
-    available = np.isfinite(d_train).sum(axis=1).min()
-    distance = nearest(d_train, min(20, available))
-    worst = most_anomalous(distance, train.clip_index)
-    times = distance[worst] / max(np.median(distance[worst]), 1e-6)
+    distance = nearest(d_train, min(20, fewest_neighbours(d_train)))
+    worst_window = most_anomalous(distance, train.clip_index)
+    times = distance[worst_window] / max(np.median(distance[worst_window]), 1e-6)
     suspects = []
-    for i in np.argsort(-times)[:3]:
-        at = train.start[worst[i]] / data.SAMPLE_RATE
-        suspects.append({"clip": clips[i].path.name, "times_median": times[i], "at_seconds": at})
+    for i in np.argsort(-times)[:20]:
+        if len(suspects) < 3 or times[i] > 5:
+            at, name = train.start[worst_window[i]] / data.SAMPLE_RATE, clips[i].path.name
+            suspects.append({"clip": name, "times_median": times[i], "at_seconds": at})
     return suspects
 
 
-SUSPECTS = """Training clips that differ most from the others, and how far they are from these (1 is
-usual). Listen to them too: a faulty training clip makes similar faults look normal. A clip that is
-not listed can still be faulty, above all if several resemble each other."""
+SUSPECTS = """Training clips that stand out. 3 means three times as far from the others as usual;
+listen to everything above 5. Remove what is faulty, since it makes similar faults look normal, and
+score again until none stands out. Several faulty clips that are alike may not be listed."""
+
+
+def print_suspects(suspects: list[dict]) -> None:
+    print(SUSPECTS)
+    for suspect in suspects:
+        times, seconds = suspect["times_median"], suspect["at_seconds"]
+        print(f"  {times:8.3g}  {seconds:5.0f} s         {suspect['clip']}")
 
 
 def write_results(
-    machine: str, rows: list[dict], suspects: list[dict], train_clip_scores, scorer: Scorer, args
+    machine: str, rows: list[dict], suspects: list[dict], train_clip_scores, checksums, scorer, args
 ) -> None:
-    """Write all files of a machine, and print the highest scores. The record of the scoring is
-    deleted first and written last, so it never describes other scores.
-    """
-    run, root, suffix = args.run, scorer.root, f"{machine}_section_00_test.csv"
-    for name in (f"scoring_{machine}.json", f"{machine}.png", "metrics.csv"):
-        (run / name).unlink(missing_ok=True)
-    scores = [(row["test_clip"], row["score"]) for row in rows]
-    decisions = [(row["test_clip"], row["alarm"]) for row in rows]
-    data.write_csv(run / f"anomaly_score_{suffix}", scores)
-    data.write_csv(run / f"decision_result_{suffix}", decisions)
+    """Write all files of a machine, and print the highest scores."""
+    run, root = args.run, scorer.root
+    scores, decisions, record_file = evaluate.files_of(machine, run)
+    data.write_csv(scores, [(row["test_clip"], row["score"]) for row in rows])
+    data.write_csv(decisions, [(row["test_clip"], row["alarm"]) for row in rows])
+    compared = sorted(f"{path.parent.name} {checksum}" for path, checksum in checksums.items())
+    digest = hashlib.sha256("\n".join(compared).encode()).hexdigest()
+    record = scorer.record | {"scores_sha256": data.file_digest(scores)}
+    record["scored_with"] = record["scored_with"] | {"clips": digest}
+    data.write(record_file, json.dumps(record, indent=1).encode())
 
     rows = sorted(rows, key=itemgetter("score"), reverse=True)
     data.write_csv(run / f"report_{machine}.csv", [rows[0].keys(), *[row.values() for row in rows]])
-    names = [row["test_clip"] for row in rows]
-    is_anomaly = evaluate.known_labels(machine, names, root)
-    if args.plot:
-        plot(run / f"{machine}.png", machine, rows, train_clip_scores, is_anomaly, root)
-    how = f"{evaluate.words(scorer.record['scored_with'])}, percentile {args.percentile:g}"
-    alarms = f"{sum(row['alarm'] for row in rows)} of {len(rows)}"
-    summary = f"above the threshold of {rows[0]['threshold']:.4g}: {alarms} ({how})"
-    page = make_page(machine, summary, rows[:10], suspects, root, run)
+    how = f"{evaluate.words(record['scored_with'])}, training clips {len(train_clip_scores)}"
+    alarms, percent = sum(row["alarm"] for row in rows), f"{args.percentile:g} %"
+    summary = f"{alarms} of {len(rows)} test clips are above the threshold"
+    summary += f" ({rows[0]['threshold']:.4g}, which {percent} of the training clips stay below)"
+    if 2 * alarms > len(rows):
+        summary += ". So many usually mean another day, gain or microphone, or training clips that"
+        summary += " are all of one hour"
+    page = make_page(machine, rows, suspects, summary, how, root, args)
     data.write(run / f"report_{machine}.html", page.encode("utf-8", "backslashreplace"))
-    data.write(run / f"scoring_{machine}.json", json.dumps(scorer.record, indent=1).encode())
+    try:
+        labels, _ = evaluate.labels_of(machine, [row["test_clip"] for row in rows], root)
+    except InputError as error:
+        print(f"note: ignoring labels: {error}")
+        labels = {}
+    if args.plot:
+        plot(run / f"{machine}.png", machine, rows, train_clip_scores, labels, root)
 
-    print(summary)
+    print(f"{how}\n{summary}")
     print("     score     from         the ten highest, and the nearest training clip of each")
     for row in rows[:10]:
         alarm = "ALARM" if row["alarm"] else "     "
         clips = f"{row['test_clip']} | {row['nearest_training_clip']}"
         print(f"  {row['score']:8.4g}  {row['at_seconds']:5.0f} s  {alarm}  {clips}")
-    print(SUSPECTS)
-    for suspect in suspects:
-        times, seconds = suspect["times_median"], suspect["at_seconds"]
-        print(f"  {times:8.3g}  {seconds:5.0f} s         {suspect['clip']}")
+    print_suspects(suspects)
     print(f"to listen, open {run / f'report_{machine}.html'} in a browser")
-    if is_anomaly is not None:
+    if labels:
         evaluation = ["python", "evaluate.py", "--machine", machine, "--run", str(run)]
         print(f"next: {shlex.join(evaluation)}")
 
@@ -344,64 +401,68 @@ PAGE = """<!doctype html><html lang="en"><meta charset="utf-8">
 body { font: 16px sans-serif; max-width: 60em; margin: auto; padding: 1em }
 table, audio { width: 100% } table { border-collapse: collapse; table-layout: fixed }
 td { border-top: 1px solid #aaa; padding: .5em; overflow-wrap: anywhere }
-td:first-child { width: 7em } img { width: 100%; max-width: 45em }
+td:first-child { width: 8em } img { width: 100%; max-width: 45em }
 @media (max-width: 40em) {
 td, td:first-child { display: block; width: auto; border: 0 } tr { border-top: 1px solid #aaa } }
 </style>"""
+READING = """<p>A score is the distance to the most similar training clips. ALARM: above the
+threshold. The players start at the oddest 10 s. They need the recordings where they were when this
+page was written, so a copy of it elsewhere has no sound.</p>"""
 
 
-def make_page(machine: str, summary: str, rows: list[dict], suspects: list[dict], root, run) -> str:
+def make_page(
+    machine: str, rows: list[dict], suspects: list[dict], summary: str, how: str, root, args
+) -> str:
     """A page to listen to. Its players point to the recordings, relative to the run folder."""
 
     def player(split: str, name: str, start: float) -> str:
-        path = quote(os.fsencode(os.path.relpath(root / machine / split / name, run)))
+        path = quote(os.fsencode(os.path.relpath(root / machine / split / name, args.run)))
         end = start + data.WINDOW / data.SAMPLE_RATE
         source = f"{path}#t={start:.2f},{end:.2f}"  # a media fragment: the suspicious window
-        text = f"from {start:.0f} s: {html.escape(name)}"
-        return f'{text}<br><audio controls preload="none" src="{source}"></audio>'
+        link = f'<a href="{path}">{html.escape(name)}</a>, from {start:.0f} s'
+        return f'{link}<br><audio controls preload="none" src="{source}"></audio>'
 
-    title = html.escape(machine)
-    lines = [PAGE, f"<title>{title}</title><h1>{title}</h1><p>{html.escape(summary)}</p>"]
-    if (run / f"{machine}.png").exists():
-        lines.append(f'<img src="{quote(os.fsencode(machine))}.png" alt="scores, spectrograms">')
-    lines.append("<table>")
-    for number, row in enumerate(rows, 1):
+    title, alarms = html.escape(machine), sum(row["alarm"] for row in rows)
+    lines = [f"{PAGE}<title>{title}: {len(rows)} clips, {alarms} alarms</title>"]
+    lines.append(f"<h1>{title}: what sounds unusual</h1>{READING}<p>{summary}.</p><table>")
+    for number, row in enumerate(rows[:10], 1):
         alarm = "<b>ALARM</b>" if row["alarm"] else ""
         clip = player("test", row["test_clip"], row["at_seconds"])
         near = player("train", row["nearest_training_clip"], row["nearest_at_seconds"])
-        lines.append(
-            f"<tr><td>{number}. {row['score']:.4g} {alarm}<td>{clip}<td>resembles most, {near}"
-        )
+        lines.append(f"<tr><td>{number}. score {row['score']:.4g} {alarm}")
+        lines.append(f"<td>{clip}<td>nearest training clip: {near}")
     lines.append(f"</table><p>{SUSPECTS}</p><table>")
     for suspect in suspects:
         clip = player("train", suspect["clip"], suspect["at_seconds"])
-        lines.append(f"<tr><td>{suspect['times_median']:.3g}<td>{clip}")
-    return "\n".join([*lines, "</table></html>\n"])
+        lines.append(f"<tr><td>{suspect['times_median']:.3g} times<td>{clip}")
+    lines.append("</table>")
+    if args.plot:
+        lines.append(f'<img src="{quote(os.fsencode(machine))}.png" alt="scores, spectrograms">')
+    lines.append(f"<p><small>{datetime.date.today()}; {html.escape(how)}</small></html>\n")
+    return "\n".join(lines)
 
 
-def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, is_anomaly, root) -> None:
+def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, labels, root) -> None:
     """The scores of all clips; below, the three highest clips beside their nearest ones."""
+    os.environ["MPLBACKEND"] = "agg"  # a notebook's own may not exist here
     from matplotlib.figure import Figure  # optional, so it is not imported at the top
 
-    scores = np.array([row["score"] for row in rows])
     kinds = {"training\nclips": train_clip_scores}
-    if is_anomaly is None:
-        kinds["test\nclips"] = scores
-    else:
-        kinds["normal\nclips"] = scores[~is_anomaly]
-        kinds["anomalous\nclips"] = scores[is_anomaly]
-
+    for kind, label in (("normal", False), ("anomalous", True), ("test", None)):
+        kinds[f"{kind}\nclips"] = [
+            row["score"] for row in rows if labels.get(row["test_clip"]) is label
+        ]
+    kinds = {kind: scores for kind, scores in kinds.items() if len(scores)}
     highest = rows[:3]
     figure = Figure(figsize=(5, 2.6 + 1.7 * len(highest)), layout="constrained")
     grid = figure.add_gridspec(1 + len(highest), 2, height_ratios=[1.6] + [1] * len(highest))
     axes = figure.add_subplot(grid[0, :])
-    for y, (values, colour) in enumerate(zip(kinds.values(), ["#777777", "#0072B2", "#D55E00"])):
-        height = np.random.default_rng(0).uniform(-0.3, 0.3, len(values))  # to tell dots apart
-        axes.plot(values, y + height, ".", color=colour)
+    for y, scores in enumerate(kinds.values()):
+        height = np.random.default_rng(0).uniform(-0.3, 0.3, len(scores))  # to tell dots apart
+        axes.plot(scores, y + height, ".")
     axes.axvline(rows[0]["threshold"], color="black", linestyle="--")
     axes.set_yticks(range(len(kinds)), kinds)
-    axes.set(xlabel="anomaly score (dashed: threshold)", ylim=(-0.5, len(kinds) - 0.5))
-    axes.set_title("each dot is a clip")
+    axes.set(xlabel="anomaly score (dashed: threshold)", title="each dot is a clip")
     for i, row in enumerate(highest, 1):
         clip = root / machine / "test" / row["test_clip"]
         near = root / machine / "train" / row["nearest_training_clip"]
@@ -409,7 +470,7 @@ def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, is_anoma
         right = draw(figure.add_subplot(grid[i, 1]), near, row["nearest_at_seconds"])
         right.set_clim(*left.get_clim())  # one colour scale for a pair
         left.axes.set(title=f"no. {i}: {row['score']:.3g}", ylabel="kHz")
-        right.axes.set(title="its nearest")
+        right.axes.set(title="its nearest training clip")
     figure.supxlabel("seconds")
     picture = io.BytesIO()
     figure.savefig(picture, format="png", dpi=150)
@@ -417,10 +478,13 @@ def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, is_anoma
 
 
 def draw(axes, path: Path, start: float):
-    """The spectrogram of a window, in seconds and kHz."""
+    """The spectrogram of a window, in seconds and kHz, with its median subtracted, so that a loud
+    clip and a quiet one can be compared.
+    """
     wave = data.read_wav(path)[round(start * data.SAMPLE_RATE) :][: data.WINDOW]
     n_frames = 1 + (len(wave) - data.FRAME) // data.HOP  # without the padding
     x = data.spectrogram(wave)[:n_frames].numpy()
+    x -= np.median(x)
     extent = (start, start + len(wave) / data.SAMPLE_RATE, 0, data.N_MELS)
     khz = np.array([0.5, 1, 2, 4, 8])
     mel = np.log1p(np.array([20, *1000 * khz]) / 700)  # the first and last bins are at its ends
@@ -430,54 +494,24 @@ def draw(axes, path: Path, start: float):
     return axes.imshow(x.T, origin="lower", aspect="auto", extent=extent, **colours)
 
 
-def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    about = "Score test clips by their distance to normal training clips. Defaults are in brackets."
-    parser = argparse.ArgumentParser(description=about)
-    data.add_machine(parser)
-    add = parser.add_argument
-    add("--run", metavar="DIR", help="run folder (runs/<names>, or runs/pretrained-<names>)")
-    add("--data", metavar="DIR", help="with <machine>/{train,test}/*.wav (the run's, or data)")
-    add("--weights", metavar="FILE", help=f"pre-trained AST (the run's, or {backbone.WEIGHTS})")
-    add("--pretrained", action="store_true", help="score with the pre-trained AST, not with a run")
-    add("--pooling", choices=["cls", "mean"], help="its mean of class tokens or patches (cls)")
-    add("--k", type=data.positive, default=1, help="nearest neighbours (%(default)s)")
-    text = "make domains comparable by density, or by test scores: transductive (%(default)s)"
-    add("--normalize", default="none", choices=["none", "density", "test"], help=text)
-    text = "the threshold, as a percentile of the training clips' scores (90)"
-    add("--percentile", type=float, default=90.0, metavar="P", help=text)
-    add("--plot", action="store_true", help="draw <machine>.png for the page; needs matplotlib")
-    data.add_hardware(parser)
-    text = "clips read at once, and windows in the network; an hour of sound takes 0.4 GB (8)"
-    add("--batch-size", type=data.positive, default=8, help=text)
-    args = parser.parse_args(argv)
-    if args.pooling and not args.pretrained:
-        parser.error("--pooling goes with --pretrained: a trained model has its own")
-    if not 1 <= args.percentile <= 100:
-        parser.error("--percentile is from 1 to 100, such as 90")
-    kind = "pretrained-" if args.pretrained else ""
-    if args.pooling == "mean":
-        kind += "mean-"
-    args.run = Path(args.run or f"runs/{kind}{'+'.join(args.machine)}")
-    return args
-
-
 def load_scorer(args: argparse.Namespace) -> Scorer:
-    if args.pretrained:
+    run = None if args.pretrained else load_run(args.run, args.weights)
+    root = args.data or ("data" if run is None else run.data)
+    for machine in data.machine_names(args.machine):
+        if run is not None and machine not in run.setting["machine"]:
+            raise InputError(f"{args.run} was not trained on {machine}")
+        data.fetch(machine, root)
+        data.list_clips(root, machine, "train")  # missing ones are noticed before all else
+    if run is None:
         weights, pooling = args.weights or backbone.WEIGHTS, args.pooling or "cls"
-        data.make_folder(args.run)
         backbone.fetch_weights(weights)
-        model = Embedder(load_ast(weights), pooling, embedding=None)
+        model = Embedder(load_ast(weights), pooling, embedding_dim=None)
         setting = {"weights_sha256": data.file_digest(weights), "pooling": pooling}
-        root, model_key, record = args.data or "data", str(setting), {}
+        model_key, record = str(setting), {}
     else:
-        run = load_run(args.run, args.weights)
-        other = set(data.machine_names(args.machine)) - set(run.setting["machine"])
-        if other:
-            raise ValueError(f"{args.run} was not trained on {' '.join(sorted(other))}")
-        data.make_folder(args.run)
-        model, setting = run.model, run.setting
+        model, setting, model_key, _ = run
         lora.merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
-        root, model_key, record = args.data or run.data, run.digest, {"adapter_sha256": run.digest}
+        record = {"adapter_sha256": model_key}
     for module in (data, lora, backbone):
         model_key += f" {data.file_digest(module.__file__)}"
     kind = "pretrained" if args.pretrained else "trained"
@@ -493,9 +527,9 @@ def main(argv: list[str] | None = None) -> None:
             raise ImportError("--plot needs matplotlib: pip install matplotlib")
         print(f"device: {args.device}")
         scorer = load_scorer(args)
-        for machine in data.machine_names(args.machine):
-            data.fetch(machine, scorer.root)
-            score_machine(machine, scorer, args)
+        with data.sole_use(args.run):
+            for machine in data.machine_names(args.machine):
+                score_machine(machine, scorer, args)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ unit length,
 By default the LoRA matrices, the head and the class centres are trained; the pre-trained weights of
 AST stay as they are. There is no validation set: choosing an epoch would need anomalies.
 
-    python train.py --machine fan            # or several, or dev, eval, all: one joint model
+    python train.py --machine fan            # several machines, or dev/eval/all, train one model
 
 writes into runs/fan: log.csv, last.pt (everything needed to continue) and, at the end, adapter.pt
 (the trained weights for score.py, without the class centres). The same command again continues.
@@ -37,20 +37,21 @@ from tqdm import tqdm
 import backbone
 import data
 from backbone import Embedder, load_ast
+from data import InputError
 from lora import add_lora, count_parameters, load_trained_state, trained_state
 
 
 class ArcFace(nn.Module):
     """Additive angular margin loss (Deng et al. 2019, arXiv 1801.07698, equation 3).
 
-    Each class has one trained centre, of which only the direction counts. The margin is in radians.
+    Each class has one trained centre; only its direction matters. The margin is in radians.
     forward: unit-length embeddings (B, dim), labels (B,) -> logits (B, classes) for cross-entropy.
     """
 
     def __init__(self, dim: int, classes: int, scale: float, margin: float):
         super().__init__()
         if not 0 <= margin < math.pi / 2:
-            raise ValueError(f"ArcFace's margin is in radians, from 0 to below π/2; got {margin}")
+            raise InputError(f"ArcFace margin must be in [0, π/2) radians, got {margin}")
         self.scale, self.margin = scale, margin
         self.centres = nn.Parameter(nn.init.xavier_uniform_(torch.empty(classes, dim)))
 
@@ -63,7 +64,7 @@ class ArcFace(nn.Module):
         with_margin = cos_y * math.cos(self.margin) - sin_y * math.sin(self.margin)  # cos(θ + m)
 
         # Beyond θ = π - m, cos(θ + m) would rise again and reward the worst clips. There the
-        # authors' code (insightface, easy_margin off) has a straight line in cos θ instead.
+        # authors' code (insightface, easy_margin off) uses a straight line in cos θ instead.
         line = cos_y - self.margin * math.sin(self.margin)
         too_far = cos_y <= -math.cos(self.margin)  # θ + m >= π
         with_margin = torch.where(too_far, line, with_margin)
@@ -76,19 +77,19 @@ def make_model(args: argparse.Namespace) -> Embedder:
     """
     ast = load_ast(args.weights).requires_grad_(args.tuning == "full")
     if args.tuning == "lora":
-        add_lora(ast, args.targets, args.rank, args.alpha, args.dropout, args.layers)
+        try:
+            add_lora(ast, args.targets, args.rank, args.alpha, args.dropout, args.layers)
+        except ValueError as error:
+            raise InputError(str(error)) from error
     return Embedder(ast, args.pooling, args.embedding)
 
 
 def make_optimizer(model: Embedder, arcface: ArcFace, args: argparse.Namespace):
-    """AdamW. The head and the class centres always have --lr, whatever --tuning is.
-
-    peak_lr is not AdamW's: `train` sets each group's lr from it before every step.
-    """
+    """AdamW. The head and the class centres always use --lr, whatever --tuning is."""
     head = [*model.pool.parameters(), *model.linear.parameters(), *arcface.parameters()]
     in_ast = [p for p in model.ast.parameters() if p.requires_grad]
     ast_lr = args.ast_lr if args.tuning == "full" else args.lr
-    groups = [{"params": head, "peak_lr": args.lr}, {"params": in_ast, "peak_lr": ast_lr}]
+    groups = [{"params": head, "lr": args.lr}, {"params": in_ast, "lr": ast_lr}]
     return torch.optim.AdamW(groups, weight_decay=args.weight_decay, fused=True)
 
 
@@ -97,9 +98,9 @@ def train_step(
 ) -> float:
     """One optimizer step on spectrograms x (B, 1024, 128) of classes y (B,) -> the mean loss.
 
-    Only micro_batch clips (None: all) go through the network at once, which takes less memory. The
-    result changes only by rounding and, with --dropout, by its random draws. Raises ValueError,
-    without taking the step, if the loss is not finite.
+    Only micro_batch clips (None: all) go through the network at once, which takes less memory.
+    Results are the same up to rounding (and dropout's draws). Raises InputError, without taking the
+    step, if the loss is not finite.
     """
     size = micro_batch or len(x)
     total = torch.zeros((), device=x.device)
@@ -114,7 +115,7 @@ def train_step(
 
     mean_loss = total.item()
     if not math.isfinite(mean_loss):
-        raise ValueError("the loss is not finite: start a new run with a smaller --lr")
+        raise InputError("the loss is not finite: start a new run with a smaller --lr")
     optimizer.step()
     optimizer.zero_grad()
     return mean_loss
@@ -123,27 +124,26 @@ def train_step(
 def train(args: argparse.Namespace) -> None:
     """Train one model on the clips of all machines in args.machine, and save it in args.run.
 
-    Raises ValueError or FileNotFoundError for clips, settings or a run folder that do not fit.
+    Raises InputError for clips or settings that are invalid or inconsistent.
     """
-    print(f"device: {args.device}")
-
     # Clips and classes.
-    machines = sorted(data.machine_names(args.machine))
     clips = []
-    for machine in machines:
+    for machine in sorted(data.machine_names(args.machine)):
         clips += data.list_clips(args.data, machine, "train")
     class_of_clip = [(clip.machine, clip.attributes) for clip in clips]
     classes = sorted(set(class_of_clip))
     labels = [classes.index(name) for name in class_of_clip]
     print(f"clips: {len(clips):,}, classes: {len(classes)}")
     if len(classes) < 2:
-        raise ValueError("only one class: train jointly with others, or use score.py --pretrained")
+        reason = "name the states of the clips (README), add machines, or use score.py --pretrained"
+        raise InputError(f"nothing to learn, since all clips are one class: {reason}")
 
     # Model, loss and optimizer.
-    torch.manual_seed(1_000_000 * args.seed)
+    seed = 1_000_000 * args.seed  # leaves room for a seed for each epoch
+    torch.manual_seed(seed)
     model = make_model(args).to(args.device).train()
     if args.compile:
-        model.compile(dynamic=False)  # one graph for each batch size
+        model.compile(dynamic=False)  # one graph for each batch size: the last batch is smaller
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(args.device)
     optimizer = make_optimizer(model, arcface, args)
     augment = data.SpecAug(args.time_mask, args.freq_mask)
@@ -157,87 +157,73 @@ def train(args: argparse.Namespace) -> None:
         sampler=data.RandomOrder(len(clips)),  # draws which clip, and which window of it
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
+        timeout=backbone.TIMEOUT if args.workers else 0,
         pin_memory=args.device.type == "cuda",
-        generator=torch.Generator(),  # seeds the workers, so the global generator is left alone
+        generator=torch.Generator(),  # or the loader would draw from the global generator
     )
     warmup_steps = args.warmup * len(loader)
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
-    # Continuing after the last whole epoch. `setting` is everything that changes the result, so not
-    # paths, device or --compile. A run with another setting is refused.
-    run = Path(args.run)
+    # Continuing after the last whole epoch, if this run has one.
     setting = make_setting(args, clips, classes)
-    checkpoint = load_matching_checkpoint(run / "last.pt", setting)
-    log = []  # one row for each epoch
-    if checkpoint is not None:
-        load_trained_state(model, checkpoint["model"])
-        arcface.load_state_dict(checkpoint["arcface"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        log = checkpoint["log"]
-        print(f"continuing after epoch {len(log)}")
-    epochs_done = len(log)
-    step = epochs_done * len(loader)
-    adapter = run / "adapter.pt"
-    if epochs_done < args.epochs:
-        adapter.unlink(missing_ok=True)  # it exists only while the run is finished
+    log = restore(args.run / "last.pt", setting, model, arcface, optimizer)  # a row an epoch
 
     # The epochs.
-    for epoch in range(epochs_done + 1, args.epochs + 1):
-        # Each epoch has its own seed, so a run that continues draws what it would have drawn. The
-        # million leaves room for epochs between two seeds.
-        torch.manual_seed(1_000_000 * args.seed + epoch)
+    for epoch in range(len(log) + 1, args.epochs + 1):
+        torch.manual_seed(seed + epoch)  # so a run that continues draws what it would have drawn
+        step = (epoch - 1) * len(loader)
         total_loss = 0.0
         for x, y in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
             step += 1
-            lr_factor = min(1.0, step / max(1, warmup_steps))  # linear warm-up, then constant
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * lr_factor
+            warmup = min(1.0, step / max(1, warmup_steps))  # linear, then constant
+            for group, peak_lr in zip(optimizer.param_groups, peak_lrs):
+                group["lr"] = warmup * peak_lr
             x = augment(x.to(args.device, non_blocking=True))
             y = y.to(args.device, non_blocking=True)
             loss = train_step(model, arcface, optimizer, x, y, args.micro_batch)
             total_loss += loss * len(y)
 
+        weights = trained_state(model)
+        if not all(weight.isfinite().all() for weight in weights.values()):
+            raise InputError("the weights are not finite: start a new run with a smaller --lr")
         mean_loss = total_loss / len(clips)
         print(f"epoch {epoch}: loss {mean_loss:.4f}")
         log.append((epoch, step, optimizer.param_groups[0]["lr"], mean_loss))
-        data.write_csv(run / "log.csv", [("epoch", "step", "lr", "loss"), *log])
+        data.write_csv(args.run / "log.csv", [("epoch", "step", "lr", "loss"), *log])
         checkpoint = {
             "setting": setting,
-            "model": trained_state(model),
+            "model": weights,
             "arcface": arcface.state_dict(),
             "optimizer": optimizer.state_dict(),
             "log": log,
         }
-        data.save(run / "last.pt", checkpoint)
+        data.save(args.run / "last.pt", checkpoint)
 
-    # Saving. Not written again once finished: score files record the checksum of their adapter.
-    if not adapter.exists():
-        paths = {"data": str(args.data), "weights": str(args.weights)}
-        weights = trained_state(model)
-        data.save(adapter, {"setting": setting, "weights": weights, "paths": paths})
-
-
-# ---------------------------------------------- plumbing: not needed to follow the method
+    # Saving.
+    paths = {"data": str(args.data), "weights": str(args.weights)}
+    adapter = {"setting": setting, "weights": trained_state(model), "paths": paths}
+    data.save(args.run / "adapter.pt", adapter)
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    """The command line, with every default filled in."""
+    """The settings: the paper's recipe, as far as it is known (README). Fills in every default."""
     about = "Train one model on the normal sounds of all machines that are named."
     parser = argparse.ArgumentParser(description=f"{about} Defaults are in brackets.")
     data.add_machine(parser)
     add = parser.add_argument
-    add("--run", metavar="DIR", help="run folder (runs/<names joined by +>)")
-    add("--data", default="data", metavar="DIR", help="with <machine>/train/*.wav (%(default)s)")
+    add("--run", type=Path, metavar="DIR", help="run folder (runs/<machines joined by +>)")
+    add("--data", default="data", metavar="DIR", help="has <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="pre-trained AST (%(default)s)")
-    data.add_hardware(parser)
-    text = "clips in the network at once; fewer take less GPU memory (a whole batch)"
+    backbone.add_hardware(parser)
+    text = "clips per forward pass; lower it to save GPU memory (the whole batch)"
     add("--micro-batch", type=data.positive, metavar="N", help=text)
     add("--compile", action="store_true", help="compile the model: faster after a slow start")
 
     add = parser.add_argument_group("what is trained").add_argument
     text = "what is trained besides the head: LoRA, all of AST, or nothing (%(default)s)"
     add("--tuning", default="lora", choices=["lora", "full", "frozen"], help=text)
-    add("--rank", type=int, default=64, help="LoRA's rank (%(default)s)")
-    add("--alpha", type=float, help="LoRA's update is scaled by alpha/rank (the rank)")
+    add("--rank", type=data.positive, default=64, help="LoRA's rank (%(default)s)")
+    add("--alpha", type=data.above_zero, help="LoRA's update is scaled by alpha/rank (the rank)")
     add("--dropout", type=float, default=0.0, help="share of LoRA's input dropped (%(default)s)")
     text = "layers with adapters, any of q k v proj fc1 fc2 (q v)"
     add("--targets", nargs="+", default=["q", "v"], metavar="NAME", help=text)
@@ -247,38 +233,45 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--embedding", type=data.positive, default=256, help="its dimensions (%(default)s)")
 
     add = parser.add_argument_group("ArcFace and SpecAug").add_argument
-    add("--scale", type=float, default=30.0, help="s, which sharpens the softmax (%(default)s)")
+    text = "s, which sharpens the softmax (%(default)s)"
+    add("--scale", type=data.above_zero, default=30.0, help=text)
     add("--margin", type=float, default=0.2, help="m, between classes, in radians (%(default)s)")
-    add("--time-mask", type=int, default=80, help="widest mask in frames of 10 ms (%(default)s)")
-    add("--freq-mask", type=int, default=80, help="widest mask in mel bins of 128 (%(default)s)")
+    text = "widest mask, in frames of 10 ms of 1024 (%(default)s)"
+    add("--time-mask", type=data.at_least(0), default=80, help=text)
+    text = "widest mask, in mel bins of 128 (%(default)s)"
+    add("--freq-mask", type=data.at_least(0), default=80, help=text)
 
     add = parser.add_argument_group("optimizer").add_argument
-    add("--lr", type=float, default=1e-4, help="rate of head, centres and LoRA (%(default)s)")
-    add("--ast-lr", type=float, default=1e-5, help="rate of AST, --tuning full (%(default)s)")
-    add("--warmup", type=int, default=1, help="epochs in which the rates rise (%(default)s)")
-    add("--weight-decay", type=float, default=0.01, help="AdamW's (%(default)s)")
+    text = "rate of head, centres and LoRA (%(default)s)"
+    add("--lr", type=data.above_zero, default=1e-4, help=text)
+    text = "rate of AST with --tuning full (%(default)s)"
+    add("--ast-lr", type=data.above_zero, default=1e-5, help=text)
+    add("--warmup", type=data.at_least(0), default=1, help="warm-up epochs (%(default)s)")
+    add("--weight-decay", type=data.at_least(0.0), default=0.01, help="AdamW's (%(default)s)")
     add("--epochs", type=data.positive, default=25, help="passes over all clips (%(default)s)")
-    add("--batch-size", type=data.positive, default=32, help="clips in a step (%(default)s)")
+    add("--batch-size", type=data.positive, default=32, help="clips per step (%(default)s)")
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
 
     args = parser.parse_args(argv)
-    args.run = args.run or f"runs/{'+'.join(args.machine)}"
+    args.run = args.run or data.default_run(args.machine)
     args.alpha = float(args.rank) if args.alpha is None else args.alpha
     return args
 
 
-# A setting is every argument but these. They change the result only by rounding, and --compile and
-# --micro-batch by the draws of dropout.
+# ---------------------------------------------- plumbing: not needed to follow the method
+
+# A setting is every argument but these. They change a result by rounding only, and --compile and
+# --micro-batch by the draws of dropout. (Another device draws other masks: see "precision".)
 WHERE = ("run", "data", "weights", "device", "workers", "compile", "micro_batch")
 
 
 def make_setting(args: argparse.Namespace, clips: list[data.Clip], classes: list) -> dict:
     """What a run's result depends on: arguments, names of the clips, AST's weights, precision."""
     setting = {name: value for name, value in vars(args).items() if name not in WHERE}
-    setting["machine"] = sorted(data.machine_names(args.machine))
     setting["targets"] = sorted(args.targets)
     setting["layers"] = sorted(args.layers) if args.layers else None
     setting["classes"] = ["/".join(names) for names in classes]
+    setting["machine"] = sorted({clip.machine for clip in clips})
     setting["clips"] = []
     for machine in setting["machine"]:
         names = [clip.path.name for clip in clips if clip.machine == machine]
@@ -289,37 +282,31 @@ def make_setting(args: argparse.Namespace, clips: list[data.Clip], classes: list
     return setting
 
 
-def difference(was: dict, now: dict) -> str:
-    """Such as "rank was 64, is 8; seed was 0, is 1", or "" if they are equal."""
-    parts = []
-    for name in was | now:
-        old, new = was.get(name), now.get(name)
-        if old == new:
-            continue
-        if isinstance(old, list) and isinstance(new, list) and len(old + new) > 12:
-            # Of long lists, only the first item that is missing on the other side.
-            only_old = [item for item in old if item not in new]
-            only_new = [item for item in new if item not in old]
-            old, new = only_old[:1], only_new[:1]
-        parts.append(f"{name} was {old}, is {new}")
-    return "; ".join(parts)
+def restore(path: Path, setting: dict, model: Embedder, arcface: ArcFace, optimizer) -> list:
+    """Continue the run of last.pt: put its states back; -> its log, [] if there is no such file.
 
-
-def load_matching_checkpoint(path: Path, setting: dict) -> dict | None:
-    """last.pt, or None if there is none. Raises ValueError if it has another setting. The number of
-    epochs may have grown.
+    Raises InputError if it was trained with another setting; only --epochs may grow.
     """
     if not path.exists():
-        return None
-    checkpoint = data.load(path, "setting", "model", "arcface", "optimizer", "log")
-    changed = difference(checkpoint["setting"] | {"epochs": setting["epochs"]}, setting)
+        return []
+    saved = data.load(path, "setting", "model", "arcface", "optimizer", "log")
+    was, epochs_done = saved["setting"] | {"epochs": setting["epochs"]}, len(saved["log"])
+    changed = []
+    for name in was | setting:
+        if was.get(name) != setting.get(name):
+            text = f"{name} was {was.get(name)}, is {setting.get(name)}"
+            changed.append(text if len(text) < 200 else f"other {name}")
     if changed:
         advice = "delete the folder, or name another one with --run"
-        raise ValueError(f"{path.parent} was trained with other settings: {changed}; {advice}")
-    epochs_done = len(checkpoint["log"])
+        other = "; ".join(changed)
+        raise InputError(f"{path.parent} was trained with other settings: {other}; {advice}")
     if epochs_done > setting["epochs"]:
-        raise ValueError(f"{path.parent} has been trained for {epochs_done} epochs already")
-    return checkpoint
+        raise InputError(f"{path.parent} has been trained for {epochs_done} epochs already")
+    load_trained_state(model, saved["model"])
+    arcface.load_state_dict(saved["arcface"])
+    optimizer.load_state_dict(saved["optimizer"])
+    print(f"continuing after epoch {epochs_done}")
+    return saved["log"]
 
 
 class TrainedRun(NamedTuple):
@@ -332,29 +319,32 @@ class TrainedRun(NamedTuple):
 def load_run(run: str | Path, weights: str | None = None) -> TrainedRun:
     """Load a trained model. weights: the path of AST's weights, if they have moved.
 
-    Raises ValueError if training has not finished, and for other weights.
+    Raises InputError if the run has not been trained to an end, and for other weights.
     """
     adapter = Path(run) / "adapter.pt"
     if not adapter.exists():
-        raise ValueError(f"{run} has no trained model: train first, or use --pretrained")
+        raise InputError(f"{run} has no trained model: train first, or use --pretrained")
+    digest = data.file_digest(adapter)
     saved = data.load(adapter, "setting", "weights", "paths")
     weights = weights or saved["paths"]["weights"]
     if data.file_digest(weights) != saved["setting"]["weights_sha256"]:
-        raise ValueError(f"{weights} is not the AST that {run} was trained on")
+        raise InputError(f"{weights} is not the AST that {run} was trained on")
     model = make_model(argparse.Namespace(**saved["setting"], weights=weights))
     load_trained_state(model, saved["weights"])
-    return TrainedRun(model, saved["setting"], data.file_digest(adapter), saved["paths"]["data"])
+    return TrainedRun(model, saved["setting"], digest, saved["paths"]["data"])
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with data.one_line_errors():
-        data.make_folder(Path(args.run))
+        print(f"device: {args.device}")
         for machine in data.machine_names(args.machine):
             data.fetch(machine, args.data)
-        backbone.fetch_weights(args.weights)
-        train(args)
-        score = ["python", "score.py", "--machine", *args.machine, "--run", args.run]
+            data.list_clips(args.data, machine, "train")  # missing ones are noticed before all else
+        with data.sole_use(args.run):
+            backbone.fetch_weights(args.weights)
+            train(args)
+        score = ["python", "score.py", "--machine", *args.machine, "--run", str(args.run)]
         print(f"{args.run} is trained; next: {shlex.join(score)}")
 
 
