@@ -199,7 +199,7 @@ class Embedder(nn.Module):
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-TIMEOUT = 600  # seconds until a process that reads WAV files counts as stuck
+TIMEOUT = 300  # seconds until a process that reads WAV files counts as stuck
 HEAD_DIM = 64  # in every AST and DeiT size
 WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

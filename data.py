@@ -37,6 +37,7 @@ import fcntl
 import hashlib
 import io
 import math
+import os
 import pickle
 import re
 import shutil
@@ -325,14 +326,15 @@ def plain_wav(content: bytes) -> bytes:
         raise InputError(f"is compressed (WAV format {codec}): save it as PCM")
     if not 1000 <= rate <= 1_000_000:
         raise InputError(f"has a wrong sample rate: {rate} Hz is outside 1 kHz to 1 MHz")
-    usual = 1 <= channels <= 512 and bits in {1: (8, 16, 24, 32, 64), 3: (32, 64)}[codec]
-    if not usual or 8 * block != channels * bits:
+    width = math.ceil(bits / 8)  # bytes of a sample
+    usual = 1 <= channels <= 512 and width in {1: (1, 2, 3, 4, 8), 3: (4, 8)}[codec]
+    if not usual or block != channels * width:
         raise InputError(f"has {channels} channels of {bits} bits in {block} bytes: save it as PCM")
     size = len(samples) - len(samples) % block
     if size < block * rate * FRAME / SAMPLE_RATE:
         raise InputError("is shorter than a frame of 25 ms, or the recorder was cut off")
-    if codec == 3 or bits >= 32:
-        dtype = f"{order}{'i' if codec == 1 else 'f'}{bits // 8}"
+    if codec == 3 or width >= 4:
+        dtype = f"{order}{'i' if codec == 1 else 'f'}{width}"
         refuse_wrong_scale(np.frombuffer(samples[:size], dtype)[::channels])
     riff = b"RIFX" if order == ">" else b"RIFF"
     head = struct.pack(f"{order}4sI8s", riff, 36 + size, b"WAVEfmt ")
@@ -378,6 +380,7 @@ def at_least(least: int | float):
             raise ValueError
         return value
 
+    number.__name__ = f"number >= {least:g}"  # for argparse's message
     return number
 
 
@@ -421,6 +424,9 @@ def sole_use(folder: Path):
             raise OSError(f"another command is working in {folder}") from error
         except OSError:
             pass  # a file system without locks
+        os.register_at_fork(
+            after_in_child=lock.close
+        )  # a process that reads clips must not hold it
         yield
 
 

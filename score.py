@@ -327,7 +327,7 @@ def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[C
     first three, and all above 5, at most 20. The distance is that of a clip's worst window to the
     20 nearest windows of other clips, or to fewer, where there are fewer.
     """
-    distance = nearest(d_train, min(20, fewest_neighbours(d_train)))
+    distance = nearest(d_train, min(20, max(1, fewest_neighbours(d_train))))
     worst_window = most_anomalous(distance, train.clip_index)
     times = distance[worst_window] / max(np.median(distance[worst_window]), 1e-6)
     suspects = []

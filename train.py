@@ -341,8 +341,8 @@ def main(argv: list[str] | None = None) -> None:
         for machine in data.machine_names(args.machine):
             data.fetch(machine, args.data)
             data.list_clips(args.data, machine, "train")  # missing ones are noticed before all else
+        backbone.fetch_weights(args.weights)
         with data.sole_use(args.run):
-            backbone.fetch_weights(args.weights)
             train(args)
         score = ["python", "score.py", "--machine", *args.machine, "--run", str(args.run)]
         print(f"{args.run} is trained; next: {shlex.join(score)}")

@@ -11,7 +11,7 @@ cd "$(dirname "$0")/.."
 while read -r name flags; do
   for seed in ${SEEDS:-0 1 2 3}; do
     run="--machine all --run runs/$name-seed$seed"
-    echo "python train.py $run --seed $seed $flags && python score.py $run"
+    echo "{ python train.py $run --seed $seed $flags && python score.py $run; } || exit 1"
   done
 done > runs.txt <<END
 lora
@@ -34,7 +34,7 @@ if command -v sbatch > /dev/null; then
   sbatch --wait --array="1-$(wc -l < runs.txt)" --gpus=1 --cpus-per-task=9 --requeue \
     --wrap 'eval "$(sed -n "${SLURM_ARRAY_TASK_ID}p" runs.txt)"'
 else
-  bash -e runs.txt
+  bash runs.txt
 fi
 python score.py --machine all --pretrained --pooling mean --run runs/ast
 python evaluate.py --machine all --run runs/lora-seed? # one setting: mean ± deviation

@@ -5,18 +5,15 @@ names), scores/ (score files of real systems), wav_cases/ (awkward WAV files) an
 that the official AST code printed). Tests that need it are skipped without it.
 """
 
-import contextlib
 import csv
 import hashlib
 import http.server
 import json
-import multiprocessing
 import os
 import re
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -179,7 +176,7 @@ def error_of(main, argv: list[str], capsys) -> str:
 
 
 class Handler(http.server.BaseHTTPRequestHandler):
-    """Serves server.files by path; slowly, or with a fault, where a test says so."""
+    """Serves server.files by path; with a fault, where a test says so."""
 
     protocol_version = "HTTP/1.1"
 
@@ -194,25 +191,14 @@ class Handler(http.server.BaseHTTPRequestHandler):
         content = server.files[path]
         if server.fault == "no answer":
             return None
-        if server.fault == "nonsense":
-            return self.wfile.write(b"\0\1\2 nonsense\r\n\r\n")
         self.send_response(200)
-        if server.fault == "chunked and cut":
-            self.send_header("Transfer-Encoding", "chunked")
-            self.end_headers()
-            return self.wfile.write(b"%x\r\n%s" % (len(content), content[:-5]))
-        self.send_header(
-            "Content-Length", "many" if server.fault == "length" else str(len(content))
-        )
+        self.send_header("Content-Length", str(len(content)))
         self.end_headers()
         if server.fault == "cut":
             content = content[:-5]
         if server.fault == "nothing":
             content = b""
-        with contextlib.suppress(OSError):  # the client was killed
-            for i in range(0, len(content), 1 << 14):
-                self.wfile.write(content[i : i + (1 << 14)])
-                time.sleep(server.delay)
+        self.wfile.write(content)
 
     def log_message(self, *args):
         pass
@@ -222,7 +208,7 @@ class Handler(http.server.BaseHTTPRequestHandler):
 def server(monkeypatch):
     """Stands for Zenodo, GitHub and Hugging Face."""
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        server.files, server.requests, server.delay, server.fault = {}, [], 0.0, None
+        server.files, server.requests, server.fault = {}, [], None
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         url = f"http://127.0.0.1:{server.server_port}"
         monkeypatch.setattr(data, "ZENODO", f"{url}/zenodo")
@@ -236,23 +222,6 @@ def serve(server, monkeypatch, record: int, name: str, content: bytes) -> None:
     """Offer a zip file as one of Zenodo's, with its own checksum in place of the real one."""
     server.files[f"/zenodo/{record}/files/{name}.zip"] = content
     monkeypatch.setitem(data.ARCHIVE_MD5, name, hashlib.md5(content).hexdigest())
-
-
-def in_a_process(main, argv: list[str], kill_after: float | None = None) -> int:
-    """Run a script's main in a process forked from this one, which has the libraries loaded; -> its
-    exit status. After kill_after seconds it is sent SIGKILL; the status is then -9.
-    """
-
-    def run():
-        torch.set_num_threads(1)  # OpenMP's threads do not survive a fork
-        main(argv)
-
-    process = multiprocessing.get_context("fork").Process(target=run)
-    process.start()
-    process.join(kill_after)
-    process.kill()
-    process.join()
-    return process.exitcode
 
 
 # A process of its own with the small geometry; its arguments are ROOT and train.py's.

@@ -207,7 +207,7 @@ UNTRAINED = ("no network", "as it is")
 TRAINING = "--epochs 6 --batch-size 8 --freq-mask 20"  # the same in every row
 MACHINES = ["auger", "chipper", "hoist", "kiln", "winch"]  # of --all
 SEEDS = [0, 1, 2]
-NUMBERS = ["official_score", "auc_source", "auc_target", "pauc"]
+NUMBERS = ["harmonic_mean", "auc_source", "auc_target", "pauc"]
 
 
 def command(script, line: str) -> None:

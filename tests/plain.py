@@ -33,8 +33,16 @@ def mel_frames(wave: Tensor) -> Tensor:
                  window_type="hanning", num_mel_bins=128, dither=0.0, frame_shift=10)  # fmt: skip
 
 
+def window_at(wave: Tensor, start: int) -> Tensor:
+    """10 s of the wave; a shorter one runs to its end, back to its start, and so on: 012210012."""
+    if len(wave) >= 160000:
+        return wave[start : start + 160000]
+    place = torch.arange(160000) % (2 * len(wave))
+    return wave[torch.where(place < len(wave), place, 2 * len(wave) - 1 - place)]
+
+
 def network_input(frames: Tensor) -> Tensor:
-    """Zeros after the 998 frames of 10 s, or fewer."""
+    """Zeros after the 998 frames of 10 s."""
     return (F.pad(frames, (0, 0, 0, 1024 - len(frames))) + 4.2677393) / (2 * 4.5689974)
 
 
@@ -135,7 +143,7 @@ def train(waves, labels, public, *, tuning, epochs, batch, seed, lr, ast_lr, war
             members, windows = order[begin : begin + batch], []
             for i, place in zip(members, u[begin : begin + batch]):
                 first = int(place * (max(0, len(waves[i]) - 160000) + 1))
-                windows.append(mel_frames(waves[i][first : first + 160000]))
+                windows.append(mel_frames(window_at(waves[i], first)))
             x = torch.stack([network_input(frames) for frames in windows])
             for size, largest in ((1024, masks[0]), (128, masks[1])):  # first all time masks
                 width = torch.randint(largest + 1, (len(members), 1))
@@ -179,7 +187,7 @@ def embed(w: dict, head: dict | None, wave: Tensor, scaling: float = 1.0) -> lis
     windows = []
     with torch.no_grad():
         for s in starts:
-            window = network_input(mel_frames(wave[s : s + 160000]))[None]
+            window = network_input(mel_frames(window_at(wave, s)))[None]
             windows.append(embedding(w, head, window, scaling)[0].numpy().astype(np.float64))
     return windows
 

@@ -25,6 +25,7 @@ from torch import nn
 
 import backbone
 from backbone import AST, AttentiveStatisticsPooling, Block, Embedder, load_ast
+from data import InputError
 from lora import add_lora, count_parameters
 
 
@@ -68,7 +69,7 @@ def test_pooling_tokens_that_are_all_alike_has_a_finite_gradient():
 
 @pytest.mark.parametrize(("pooling", "which"), [("cls", slice(0, 2)), ("mean", slice(2, 1214))])
 def test_a_mean_of_tokens_can_have_a_linear_layer_too(ast, pooling, which):
-    embedder, x = Embedder(ast, pooling, embedding=5), torch.randn(2, 1024, 128)
+    embedder, x = Embedder(ast, pooling, embedding_dim=5), torch.randn(2, 1024, 128)
     with torch.no_grad():
         pooled = ast(x)[:, which].sum(dim=1) / (which.stop - which.start)
         expected = pooled @ embedder.linear.weight.T + embedder.linear.bias
@@ -152,7 +153,7 @@ HUB = "audio_spectrogram_transformer."
 CHANGES = [
     ("layernorm.bias", torch.zeros(5), "size mismatch for norm.bias"),
     ("embeddings.cls_token", None, "Missing key.*cls_token"),
-    ("layernorm.weight", None, "norm.weight"),
+    ("layernorm.weight", None, "its width is 0"),
     ("decoder.weight", torch.zeros(5), "Unexpected key.*decoder"),
 ]
 
@@ -167,15 +168,25 @@ def test_another_model_is_refused_in_one_line(ast, tmp_path, name, tensor, messa
     assert str(path) in str(error.value) and "\n" not in str(error.value)
 
 
+def test_a_width_that_is_no_multiple_of_64_is_refused(tmp_path):
+    """Its heads would be of another size than AST's."""
+    write_ast(tmp_path / "ast", AST(dim=96, depth=1, heads=1))
+    with pytest.raises(InputError, match="its width is 96, no multiple of 64"):
+        load_ast(tmp_path / "ast")
+
+
 def test_what_is_no_weight_file_is_refused(ast, tmp_path):
-    """Empty, a web page, cut somewhere, of another precision."""
+    """Empty, a web page, cut somewhere, of another precision, with a header of another kind."""
     path = tmp_path / "ast.safetensors"
     write_ast(path, ast)
     whole = path.read_bytes()
     cut = [whole[: int(share * len(whole))] for share in (0.001, 0.1, 0.5, 0.999)]
-    for content in (b"", b"<!doctype html>", *cut, whole.replace(b'"F32"', b'"F64"')):
+    headers = [b"null", b"[]", b"[1]", b'{"a": []}', b'{"a": {"data_offsets": ["x", 0]}}']
+    headers = [len(header).to_bytes(8, "little") + header for header in headers]
+    other = whole.replace(b'"F32"', b'"F64"')
+    for content in (b"", b"<!doctype html>", *cut, *headers, other):
         path.write_bytes(content)
-        with pytest.raises(ValueError, match=r"ast\.safetensors is not an AST"):
+        with pytest.raises(InputError, match=r"ast\.safetensors is (damaged, or no s|not an AST)"):
             load_ast(path)
 
 

@@ -2,9 +2,9 @@
 
 import io
 import math
-import random
-import signal
 import struct
+import subprocess
+import sys
 import time
 import tracemalloc
 import zipfile
@@ -15,13 +15,13 @@ import plain
 import pytest
 import scipy
 import torch
-from conftest import REAL, assert_equal_within, in_a_process, needs_real, serve
+from conftest import REAL, ROOT, assert_equal_within, serve
 from scipy.io import wavfile
 
 import data
 from data import (
     AllWindows,
-    RandomOrder,
+    InputError,
     SpecAug,
     TrainingWindows,
     list_clips,
@@ -74,19 +74,42 @@ def test_clips_are_listed_sorted_whatever_the_case_of_wav_and_without_hidden_fil
     for name in ("b.WAV", "a.wav", "._a.wav", "notes.txt", "c.flac"):
         write_wav(tmp_path / "pump" / "train" / name, noise(500))
     assert [clip.path.name for clip in list_clips(tmp_path, "pump", "train")] == ["a.wav", "b.WAV"]
-    with pytest.raises(FileNotFoundError, match=r"no WAV files in .*pump/test"):
-        list_clips(tmp_path, "pump", "test")
+
+
+def test_where_there_are_no_clips_the_message_says_what_there_is(tmp_path):
+    """Another machine, other kinds of files, sub-folders, nothing."""
+    for name in ("pump/train/a.m4a", "pump/train/day 1/a.wav", "Fan/train/a.wav"):
+        write_wav(tmp_path / name, noise(500))
+    (tmp_path / "Fan" / "test").mkdir()
+    for machine, split, there in [
+        ("fan", "train", f"{tmp_path} has Fan/, pump/"),
+        ("pump", "train", f"{tmp_path}/pump/train has a.m4a, day 1/"),
+        ("pump", "test", f"{tmp_path}/pump has train/"),
+        ("Fan", "test", f"{tmp_path}/Fan/test is empty"),
+    ]:
+        with pytest.raises(FileNotFoundError) as error:
+            list_clips(tmp_path, machine, split)
+        assert str(error.value) == f"no WAV files in {tmp_path}/{machine}/{split}: {there}"
 
 
 @pytest.mark.parametrize(
     ("names", "message"),
     [
-        (["section_00_source_train_anomaly_0000_x.wav"], "is an anomaly by its name"),
-        (["section_00_source_train_normal_012_x.wav"], "is not quite named like section_00_source"),
-        (["section_00_source_train_normal_0012-x.wav"], "_normal_0001_speed-2.wav: rename it"),
-        (["section_0_target_train_normal_0012_x.wav"], "is not quite named like"),
-        (["section_00_0000.wav", "section_01_0000.wav"], "2 sections: make a folder for each"),
-        ([f"section_0{i}_source_train_normal_0000_x.wav" for i in "012"], "clips of 3 sections"),
+        (
+            ["section_00_source_train_anomaly_0000_x.wav"],
+            "is named as an anomaly; training data must be",
+        ),
+        (
+            ["section_00_source_train_normal_012_x.wav"],
+            "does not match the form of section_00_source",
+        ),
+        (["section_00_source_train_normal_0012-x.wav"], "_normal_0001_speed-2.wav; rename it"),
+        (["section_0_target_train_normal_0012_x.wav"], "does not match the form of"),
+        (
+            ["section_00_0000.wav", "section_01_0000.wav"],
+            "mixes 2 sections; give each its own folder",
+        ),
+        ([f"section_0{i}_source_train_normal_0000_x.wav" for i in "012"], "mixes 3 sections"),
     ],
 )
 def test_names_that_would_mislead_in_silence_are_refused(tmp_path, names, message):
@@ -109,11 +132,15 @@ FORMATS = [(np.uint8, 128, 2**7), (np.int16, 0, 2**15), (np.int32, 0, 2**31),
 
 @pytest.mark.parametrize("channels", [1, 2, 8])
 @pytest.mark.parametrize(("dtype", "offset", "scale"), FORMATS)
-def test_every_sample_format_and_channel_count(dtype, offset, scale, channels, tmp_path):
+def test_every_sample_format_is_read_and_the_first_channel_counts(
+    dtype, offset, scale, channels, tmp_path
+):
+    """The second channel is the first in opposite phase: a mean would be silent."""
     x = np.random.default_rng(1).uniform(-0.9, 0.9, (3000, channels))
+    x[:, 1:2] = -x[:, :1]
     samples = (x * scale + offset).astype(dtype)
     wave = read_wav(write_wav(tmp_path / "x.wav", samples.squeeze()))
-    expected = ((samples.astype(float) - offset) / scale).mean(axis=1).astype(np.float32)
+    expected = ((samples[:, 0].astype(float) - offset) / scale).astype(np.float32)
     assert wave.dtype == torch.float32
     torch.testing.assert_close(wave, torch.from_numpy(expected), atol=1e-6, rtol=0)
 
@@ -144,42 +171,30 @@ def test_any_sample_rate_becomes_16_khz_quickly(tmp_path, rate):
     np.testing.assert_allclose(wave[middle], tones(16000)[middle], atol=1e-3)
 
 
-@needs_real
-@pytest.mark.filterwarnings("error::scipy.io.wavfile.WavFileWarning")
-def test_awkward_files_decode_as_libsndfile_decodes_them_or_are_refused(monkeypatch):
-    """manifest.tsv has libsndfile's verdict. Two files that it reads are refused here, as they are
-    shorter than their header says, and two with float samples up to 16411.
+def test_awkward_files_are_read_as_libsndfile_reads_them_or_refused(monkeypatch):
+    """Of the 32 in wav_cases, 21 are read; libsndfile reads four more: two are compressed, two have
+    float samples up to 16411, and one has 24 bits in 4 bytes.
     """
-    monkeypatch.setattr(data, "FRAME", 0)  # some have 4 samples
-    decoded = refused = 0
-    for line in (REAL / "wav_cases" / "manifest.tsv").read_text().splitlines()[1:]:
-        name, _, facts = line.split("\t")
-        try:
-            read_wav(REAL / "wav_cases" / name)
-        except ValueError as error:
-            assert name in str(error)
-            refused += 1
-        else:
-            assert "ERR" not in facts.split("sf: ")[1], f"libsndfile refuses {name}"
-            decoded += 1
-    assert (decoded, refused) == (19, 13)
-
-
-def test_decoded_samples_equal_libsndfiles(monkeypatch):
     soundfile = pytest.importorskip("soundfile", reason="soundfile is not installed")
-    monkeypatch.setattr(data, "FRAME", 0)
+    monkeypatch.setattr(data, "FRAME", 1e-3)  # some have 4 samples
     folders = [Path(scipy.__file__).parent / "io" / "tests" / "data"]
     folders += [REAL / "wav_cases"] if REAL else []
-    pairs = []
+    pairs, names = [], []
     for path in [path for folder in folders for path in sorted(folder.glob("*.wav"))]:
         try:
             ours = read_wav(path)
+        except InputError as error:
+            assert str(error).startswith(f"{path} ")
+            continue
+        names.append(path.name)
+        try:
             theirs, rate = soundfile.read(path, dtype="float64", always_2d=True)
-        except (ValueError, soundfile.LibsndfileError):
+        except soundfile.LibsndfileError:
+            assert path.parent.name != "wav_cases", f"libsndfile refuses {path.name}"
             continue
         up, down = 16000 // math.gcd(16000, rate), rate // math.gcd(16000, rate)
-        resampled = scipy.signal.resample_poly(theirs.mean(axis=1), up, down)
-        pairs.append((ours, torch.from_numpy(resampled)))
+        pairs.append((ours, torch.from_numpy(scipy.signal.resample_poly(theirs[:, 0], up, down))))
+    assert REAL is None or len([n for n in names if (REAL / "wav_cases" / n).exists()]) == 21
     ours, theirs = (torch.cat(side) for side in zip(*pairs))
     assert_equal_within(1e-6, f"{len(pairs)} awkward WAV files against libsndfile", ours, theirs)
 
@@ -188,61 +203,123 @@ def chunk(name: bytes, content: bytes) -> bytes:
     return name + struct.pack("<I", len(content)) + content
 
 
-def riff(fmt: bytes, body: bytes, first: bytes = b"") -> bytes:
-    chunks = first + chunk(b"fmt ", fmt) + chunk(b"data", body)
+def riff(fmt: bytes, body: bytes, first: bytes = b"", last: bytes = b"") -> bytes:
+    chunks = first + chunk(b"fmt ", fmt) + chunk(b"data", body) + last
     return b"RIFF" + struct.pack("<I", 4 + len(chunks)) + b"WAVE" + chunks
 
 
-PCM16 = struct.pack("<HHIIHH", 1, 1, 16000, 32000, 2, 16)
-PCM24_IN_4 = struct.pack("<HHIIHH", 1, 1, 16000, 64000, 4, 24)
-FLOAT32 = struct.pack("<HHIIHH", 3, 1, 16000, 64000, 4, 32)
-MULAW = struct.pack("<HHIIHH", 7, 1, 16000, 16000, 1, 8)
-RATE_0 = struct.pack("<HHIIHH", 1, 1, 0, 0, 2, 16)
-GOOD = riff(PCM16, bytes(2000))
-UNREADABLE = "cannot be read as a WAV file"
+def fmt(codec: int = 1, channels: int = 1, rate: int = 16000, bits: int = 16, size: int = 0):
+    """size: bytes of a sample, if not bits / 8."""
+    block = channels * (size or bits // 8)
+    return struct.pack("<HHIIHH", codec, channels, rate, rate * block, block, bits)
+
+
+def rf64(fmt: bytes, body: bytes) -> bytes:
+    sizes = struct.pack("<QQQI", 0, len(body), 0, 0)
+    chunks = chunk(b"ds64", sizes) + chunk(b"fmt ", fmt) + b"data" + b"\xff" * 4 + body
+    return b"RF64" + b"\xff" * 4 + b"WAVE" + chunks
+
+
+def rifx(fmt: bytes, body: bytes) -> bytes:
+    """Big-endian."""
+    fmt = struct.pack(">HHIIHH", *struct.unpack("<HHIIHH", fmt))
+    sizes = [struct.pack(">I", size) for size in (36 + len(body), 16, len(body))]
+    return b"RIFX" + sizes[0] + b"WAVEfmt " + sizes[1] + fmt + b"data" + sizes[2] + body
+
+
+BODY = noise(1000).tobytes()
+GOOD = riff(fmt(), BODY)
+WHOLE = {
+    "an odd byte at the end": (riff(fmt(), BODY + b"x"), 1000),
+    "half a frame": (riff(fmt(channels=2), BODY + b"ab"), 500),
+    "a RIFF size of 0": (GOOD[:4] + bytes(4) + GOOD[8:], 1000),
+    "a RIFF size that is too large": (GOOD[:4] + b"\xff" * 4 + GOOD[8:], 1000),
+    "stray bytes behind": (GOOD + b"\0\1\2\3 stray bytes", 1000),
+    "text before the format": (riff(fmt(), BODY, first=chunk(b"LIST", b"fmt \x18\0\0\0")), 1000),
+    "text behind": (riff(fmt(), BODY, last=chunk(b"LIST", b"odd") + b"\0"), 1000),
+    "a longer format": (riff(fmt() + bytes(24), BODY), 1000),
+    "extensible": (riff(fmt(0xFFFE) + struct.pack("<HHIH14x", 22, 16, 4, 1), BODY), 1000),
+    "RF64": (rf64(fmt(), BODY), 1000),
+    "RIFX": (rifx(fmt(), noise(1000).byteswap().tobytes()), 1000),
+}
+
+
+@pytest.mark.parametrize("case", WHOLE)
+def test_whatever_recorders_write_around_the_samples_whole_files_are_read(tmp_path, case):
+    content, n_samples = WHOLE[case]
+    (tmp_path / "x.wav").write_bytes(content)
+    expected = noise(1000)[:: 1000 // n_samples]
+    assert torch.equal(read_wav(tmp_path / "x.wav"), torch.from_numpy(expected.copy()) / 32768)
+
+
+FLOATS, SHORTS = np.full(500, np.nan, np.float32), noise(500)
 
 
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
         (b"", "is empty"),
-        (b"<!doctype html><html>Not found</html>", UNREADABLE),
-        (b"ID3" + bytes(100), UNREADABLE),
-        (b"\0\0\0\x20ftypM4A " + bytes(100), UNREADABLE),
-        (GOOD[:-2], "Reached EOF prematurely"),
-        (GOOD[:30], UNREADABLE),
-        (GOOD[:4] + bytes(4) + GOOD[8:], "the recorder was cut off"),
+        (b"<!doctype html><html>Not found</html>", "no WAV file"),
+        (b"\0\0\0\x20ftypM4A " + bytes(100), r"no WAV file \(a renamed m4a\?\)"),
+        (GOOD[:-2], "is cut off: 2 bytes of samples are missing"),
+        (rf64(fmt(), BODY)[:-10], "is cut off: 10 bytes"),
+        (GOOD[:30], "has a damaged header"),
         (GOOD[:40] + bytes(4) + GOOD[44:], "shorter than a frame of 25 ms"),
-        (riff(PCM16, b""), "shorter than a frame of 25 ms"),
-        (riff(PCM16, bytes(798)), "shorter than a frame of 25 ms"),
-        (riff(FLOAT32, np.full(500, np.nan, np.float32).tobytes()), "not finite"),
-        (riff(FLOAT32, np.full(500, -8.5, np.float32).tobytes()), "up to 8.5, expected 1"),
-        (riff(PCM24_IN_4, bytes(2000)), "24 bits in 4 bytes a sample"),
-        (riff(PCM24_IN_4, bytes(2000), chunk(b"note", b"fmt 24")), "24 bits in 4 bytes a sample"),
-        (riff(MULAW, bytes(2000)), "MULAW"),
-        (riff(RATE_0, bytes(2000)), "a sample rate of 0 Hz: its header is damaged"),
+        (riff(fmt(), BODY, last=chunk(b"data", BODY)), "has two data chunks"),
+        (riff(fmt(), bytes(798)), "shorter than a frame of 25 ms"),
+        (riff(fmt(bits=24, size=4), bytes(2000)), "24 bits in 4 bytes"),
+        (rf64(fmt(bits=24, size=4), bytes(2000)), "24 bits in 4 bytes"),
+        (rifx(fmt(bits=24, size=4), bytes(2000)), "24 bits in 4 bytes"),
+        (
+            riff(fmt(codec=7, bits=8), bytes(2000)),
+            r"is compressed \(WAV format 7\): save it as PCM",
+        ),
+        (riff(fmt(channels=0), bytes(2000)), "0 channels of 16 bits"),
+        (riff(fmt(rate=800), bytes(2000)), "800 Hz is outside 1 kHz to 1 MHz"),
+        (riff(fmt(rate=0), bytes(2000)), "0 Hz is outside"),
+        (riff(fmt(3, bits=32), FLOATS.tobytes()), "not finite"),
+        (riff(fmt(3, bits=32), (0 * FLOATS + SHORTS).tobytes()), "not finite"),
+        (riff(fmt(3, bits=32), np.full(500, -8.5, np.float32).tobytes()), "peaks at 8.5"),
+        (riff(fmt(bits=32), SHORTS.astype("<i4").tobytes()), "16- or 24-bit numbers in 32 bits"),
+        (riff(fmt(bits=32), (200 * SHORTS.astype("<i4")).tobytes()), "16- or 24-bit numbers"),
+        (riff(fmt(bits=64), SHORTS.astype("<i8").tobytes()), "16- or 24-bit numbers in 64 bits"),
     ],
 )
 def test_unusable_files_are_refused_with_file_and_reason(content, reason, tmp_path):
     path = tmp_path / "clip.wav"
     path.write_bytes(content)
-    with pytest.raises(ValueError, match=reason) as error:
+    with pytest.raises(InputError, match=reason) as error:
         read_wav(path)
-    assert str(path) in str(error.value) and "variable" not in str(error.value)
+    assert str(error.value).startswith(f"{path} ")
 
 
-@pytest.mark.parametrize("comment", [b"fmt ", b"the fmt is fine!", b"fmt \x18\0\0\0"])
-def test_a_comment_before_the_format_refuses_no_good_file(tmp_path, comment):
-    (tmp_path / "x.wav").write_bytes(riff(PCM16, noise(500).tobytes(), chunk(b"LIST", comment)))
-    assert torch.equal(read_wav(tmp_path / "x.wav"), torch.from_numpy(noise(500)) / 32768)
+def test_four_gibibytes_are_refused():
+    """A RIFF header has sizes modulo 2³²."""
+
+    class Huge(bytes):
+        __len__ = lambda self: 2**32  # noqa: E731
+
+    with pytest.raises(InputError, match="4 GiB or more"):
+        data.decode_wav(Huge(GOOD))
 
 
-@pytest.mark.parametrize("n_samples", [400, 559, 560, 160000, 192000])
+@pytest.mark.parametrize("values", [256 * noise(500).astype("<i4") // 100, np.zeros(500, "<i4")])
+def test_a_quiet_microphone_with_24_bits_at_the_top_of_32_and_silence_are_read(tmp_path, values):
+    """Below 1/256 of full scale, with zeros in the lowest 8 bits."""
+    values = values // 256 * 256
+    (tmp_path / "x.wav").write_bytes(riff(fmt(bits=32), values.astype("<i4").tobytes()))
+    expected = torch.from_numpy(values.astype(np.float32)) / 2**31
+    assert torch.equal(read_wav(tmp_path / "x.wav"), expected)
+
+
+@pytest.mark.parametrize("n_samples", [400, 559, 80001, 159999, 160000, 192000])
 def test_a_spectrogram_is_the_official_one_of_10_s(n_samples):
-    """Log-mel, padded, then normalised (YuanGongND/ast, src/dataloader.py)."""
+    """Log-mel, padded, then normalised (YuanGongND/ast, src/dataloader.py); a clip that is shorter
+    goes backwards and forwards.
+    """
     torch.manual_seed(n_samples)
     wave = torch.rand(n_samples) * 2 - 1
-    expected = plain.network_input(plain.mel_frames(wave[:160000]))
+    expected = plain.network_input(plain.mel_frames(plain.window_at(wave, 0)))
     assert torch.equal(spectrogram(wave), expected)
 
 
@@ -269,15 +346,6 @@ def test_random_windows_are_drawn_from_all_places(tmp_path):
         x, label = windows[1, u]
         assert label == 7 and torch.equal(x, spectrogram(wave, start))
     assert torch.equal(windows[0, 0.99][0], spectrogram(read_wav(short.path)))
-    assert len(windows) == 2
-
-
-def test_the_random_order_is_drawn_first_the_places_then_the_order():
-    torch.manual_seed(5)
-    u, order = torch.rand(7), torch.randperm(7)
-    torch.manual_seed(5)
-    pairs = list(RandomOrder(7))
-    assert pairs == list(zip(order.tolist(), u.tolist())) and len(RandomOrder(7)) == 7
 
 
 def test_all_windows_of_a_clip(tmp_path):
@@ -301,13 +369,6 @@ def test_specaug_masks_one_stripe_each_and_leaves_the_rest():
         assert torch.equal(clip[kept], original[kept]) and (clip[~kept] == 0).all()
 
 
-def test_specaug_may_mask_everything_but_not_more():
-    SpecAug(1024, 128)
-    for wrong in ((-1, 0), (0, -1), (0, 129), (1025, 0)):
-        with pytest.raises(ValueError, match="SpecAug"):
-            SpecAug(*wrong)
-
-
 def test_specaug_stays_on_the_device_of_its_input():
     """PyTorch's meta device, which computes shapes only, stands for a GPU."""
     assert SpecAug(80, 80)(torch.empty(2, 1024, 128, device="meta")).device.type == "meta"
@@ -317,7 +378,7 @@ def zip_of(*names: str, content: bytes = b"") -> bytes:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w") as file:
         for name in names:
-            file.writestr(name, content or riff(PCM16, noise(500).tobytes()))
+            file.writestr(name, content or riff(fmt(), noise(500).tobytes()))
     return buffer.getvalue()
 
 
@@ -335,9 +396,23 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
     (tmp_path / "last.pt").write_text("old")
     monkeypatch.setattr(Path, "write_bytes", full_disk)
-    with pytest.raises(OSError, match=r"cannot write .*last\.pt: No space left on device"):
+    with pytest.raises(OSError, match="No space left on device"):
         data.save(tmp_path / "last.pt", {"new": 1})
     assert tree(tmp_path) == ["last.pt"] and (tmp_path / "last.pt").read_text() == "old"
+
+
+def test_a_lack_of_memory_is_no_damage(tmp_path, monkeypatch):
+    """Loading says what PyTorch says, and never to delete the file."""
+    reason = "[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory"
+
+    def full(*args, **options):
+        raise RuntimeError(reason)
+
+    data.save(tmp_path / "last.pt", {"a": 1})
+    monkeypatch.setattr(torch, "load", full)
+    with pytest.raises(InputError, match=r"cannot be loaded: .*can't allocate memory") as error:
+        data.load(tmp_path / "last.pt", "a")
+    assert "damaged" not in str(error.value) and "delete" not in str(error.value)
 
 
 def test_a_development_machine_is_fetched_verified_and_unpacked(
@@ -345,7 +420,8 @@ def test_a_development_machine_is_fetched_verified_and_unpacked(
 ):
     serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*CLIPS))
     data.main(["--machine", "fan", "--data", str(tmp_path)])
-    assert f"{tmp_path}/fan: training clips 1, test clips 1" in capsys.readouterr().out
+    out = f"fetching the challenge's fan into {tmp_path}/fan\n{tmp_path}/fan has 1 training clips\n"
+    assert capsys.readouterr().out == out
     assert tree(tmp_path) == sorted(CLIPS)
     data.fetch("fan", tmp_path)
     assert len(server.requests) == 1, "what is there is not fetched again"
@@ -381,20 +457,17 @@ def test_nothing_is_fetched_into_a_folder_that_exists_or_for_a_machine_of_ones_o
     assert server.requests == []
 
 
-FAULTS = ["no answer", "nonsense", "length", "chunked and cut", "cut", "nothing"]
-
-
-@pytest.mark.parametrize("fault", FAULTS)
+@pytest.mark.parametrize("fault", ["no answer", "cut", "nothing"])
 def test_a_download_is_whole_or_not_there(server, monkeypatch, tmp_path, fault):
     """Also where no checksum would tell, as for the ground truth."""
     server.files["/labels.csv"], server.fault = b"section_00_0000.wav,1\n", fault
     url = f"http://127.0.0.1:{server.server_port}/labels.csv"
     with pytest.raises(OSError, match=r"cannot download .* and put the file at") as found:
-        data.download(url, tmp_path / "fan" / "labels.csv")
+        data.download(url, tmp_path / "labels.csv")
     assert "\n" not in str(found.value) and tree(tmp_path) == []
     server.fault = None
-    data.download(url, tmp_path / "fan" / "labels.csv")
-    assert (tmp_path / "fan" / "labels.csv").read_bytes() == server.files["/labels.csv"]
+    data.download(url, tmp_path / "labels.csv")
+    assert (tmp_path / "labels.csv").read_bytes() == server.files["/labels.csv"]
 
 
 @pytest.mark.parametrize("fault", ["web page", "by hand"])
@@ -405,9 +478,9 @@ def test_a_wrong_checksum_is_refused_and_no_folder_appears(server, monkeypatch, 
     else:
         (tmp_path / "fan.part").mkdir()
         (tmp_path / "fan.part" / "dev_fan.zip").write_bytes(b"another file")
-    with pytest.raises(ValueError, match=r"dev_fan\.zip has a wrong md5: delete it"):
+    with pytest.raises(InputError, match=r"dev_fan\.zip fails its md5 check: delete it"):
         data.fetch("fan", tmp_path)
-    assert tree(tmp_path) == ["fan.part/dev_fan.zip"]
+    assert tree(tmp_path) == ["fan.part/.lock", "fan.part/dev_fan.zip"]
 
 
 def test_there_is_an_archive_with_a_checksum_for_every_machine():
@@ -416,19 +489,35 @@ def test_there_is_an_archive_with_a_checksum_for_every_machine():
     assert names == set(data.ARCHIVE_MD5) and len(names) == 21
 
 
-def test_a_download_killed_at_random_moments_ends_with_the_same_bytes(
+def test_a_download_that_was_stopped_while_unpacking_is_finished_by_the_next(
     server, monkeypatch, tmp_path
 ):
-    """kill -9 while 600 KB arrive and are unpacked, six times; then once more, to the end."""
-    names = [f"fan/{split}/{i}.wav" for split in ("train", "test") for i in range(20)]
-    content = riff(PCM16, noise(7500).tobytes())
-    serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*names, content=content))
-    server.delay, rng = 0.01, random.Random(1)
-    command = (data.main, ["--machine", "fan", "--data", str(tmp_path)])
-    ends = [in_a_process(*command, kill_after=rng.uniform(0.02, 0.3)) for _ in range(6)]
-    assert ends.count(-signal.SIGKILL) >= 4
-    server.delay = 0
-    assert in_a_process(*command) == 0
-    found = [name for name in tree(tmp_path) if not name.endswith(".part")]
-    assert found == sorted(names)
-    assert all((tmp_path / name).read_bytes() == content for name in names)
+    serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*CLIPS))
+
+    def stopped(archive, folder):
+        archive.extract(CLIPS[0], folder)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(zipfile.ZipFile, "extractall", stopped)
+        data.fetch("fan", tmp_path)
+    assert not (tmp_path / "fan").exists()
+    data.fetch("fan", tmp_path)
+    assert tree(tmp_path) == sorted(CLIPS) and len(server.requests) == 1
+
+
+def test_a_folder_has_one_command_at_a_time(server, monkeypatch, tmp_path):
+    """A second command is refused. Where the first was killed, the kernel has let go, even if a
+    process that read clips for it still lives.
+    """
+    serve(server, monkeypatch, 7882613, "dev_fan", zip_of(*CLIPS))
+    with data.sole_use(tmp_path / "fan.part"):
+        message = f"another command is working in {tmp_path}/fan.part"
+        with pytest.raises(OSError, match=message):
+            data.fetch("fan", tmp_path)
+    hold = f"import data, os, pathlib, time; p = pathlib.Path({str(tmp_path / 'fan.part')!r})\n"
+    hold += "with data.sole_use(p): os.kill(os.getpid(), 9) if os.fork() else time.sleep(3)"
+    killed = subprocess.run([sys.executable, "-c", hold], cwd=ROOT)
+    assert killed.returncode == -9
+    data.fetch("fan", tmp_path)
+    assert tree(tmp_path) == sorted(CLIPS)
