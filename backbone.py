@@ -107,16 +107,11 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != (
-            N_FRAMES,
-            N_MELS,
-        ):  # a transposed input would give the same number of patches
+        if x.shape[1:] != (N_FRAMES, N_MELS):  # transposed, it would give as many patches
             raise ValueError(f"the AST needs (B, {N_FRAMES}, {N_MELS}), got {tuple(x.shape)}")
         image = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T): frequency is its height
         patches = self.patch_embed(image)  # (B, D, 12, 101)
-        patches = patches.flatten(2).transpose(
-            1, 2
-        )  # (B, 1212, D), 101 time steps for each row in mel
+        patches = patches.flatten(2).transpose(1, 2)  # (B, 1212, D), 101 for each row in mel
         cls = self.cls_token.expand(len(x), 1, -1)  # (B, 1, D)
         dist = self.dist_token.expand(len(x), 1, -1)
         z = torch.cat([cls, dist, patches], dim=1) + self.pos_embed  # (B, 1214, D)
@@ -157,8 +152,8 @@ class AttentiveStatisticsPooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = tokens[:, 2:]  # (B, 1212, D)
-        std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D)
-        context = self.V(torch.cat([mean, std], dim=2))  # (B, 1, hidden), the same for all patches
+        plain = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # std and mean, (B, 1, D)
+        context = self.V(torch.cat(plain[::-1], dim=2))  # (B, 1, hidden), the same for all patches
         a = self.W2(torch.tanh(self.W1(h) + context)).softmax(dim=1)  # (B, 1212, D)
 
         mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
@@ -180,7 +175,7 @@ class Embedder(nn.Module):
     pooling        a name in POOLINGS
     embedding_dim  of the linear layer; None leaves it out
 
-    forward: x (B, 1024, 128) -> (B, embedding_dim)
+    forward: x (B, 1024, 128) -> (B, embedding_dim or pool.out_dim)
     """
 
     def __init__(self, ast: AST, pooling: str, embedding_dim: int | None):
@@ -243,7 +238,7 @@ def load_ast(path: str | Path) -> AST:
     dim = state.get("norm.weight", torch.empty(0)).numel()
     depth = sum(name.endswith("norm1.weight") for name in state)
     if dim == 0 or dim % HEAD_DIM:
-        raise InputError(f"{path} is not an AST: its width is {dim}, no multiple of {HEAD_DIM}")
+        raise InputError(f"{path} is not an AST: its width is {dim}, not a multiple of {HEAD_DIM}")
     with torch.device("meta"):  # no memory and no random numbers: the weights are replaced
         ast = AST(dim, depth, dim // HEAD_DIM)
     try:
@@ -263,14 +258,14 @@ def read_safetensors(path: str | Path) -> dict[str, Tensor]:
         header.pop("__metadata__", None)
         tensors = {}
         for name, entry in header.items():
+            if entry["dtype"] != "F32":
+                raise ValueError(f"{name} is {entry['dtype']}, not F32")
             first, end = entry["data_offsets"]
             numbers = torch.frombuffer(raw[start + first : start + end], dtype=torch.float32)
             tensors[name] = numbers.reshape(entry["shape"])
-            if entry["dtype"] != "F32":
-                raise ValueError(f"{name} is {entry['dtype']}, not F32")
     except (ValueError, KeyError, TypeError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise InputError(f"{path} is damaged, or no safetensors file: {reason}") from error
+        raise InputError(f"{path} is damaged, or not a safetensors file: {reason}") from error
     return tensors
 
 
@@ -279,8 +274,8 @@ def fetch_weights(path: str | Path) -> None:
     path = Path(path)
     if path != Path(WEIGHTS):
         return
-    keep_out = contextlib.nullcontext() if path.exists() else data.sole_use(path.parent)
-    with keep_out:
+    lock = contextlib.nullcontext() if path.exists() else data.sole_use(path.parent)
+    with lock:
         data.download(WEIGHTS_URL, path, "sha256", WEIGHTS_SHA256)
 
 

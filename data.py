@@ -14,18 +14,18 @@ development set, dev), but not for the other seven (the evaluation set, eval).
 
 A clip goes through these stages:
 
-    wave          (n_samples,)     mono, 16 kHz, values in [-1, 1]
-    log-mel       (n_frames, 128)  X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])
-    spectrogram   (1024, 128)      (X + 4.268) / 9.138, where X is padded with zeros
-    SpecAug       (1024, 128)      in training, a random stripe of time and one of frequency are 0
+    wave          (n_samples,)  mono, 16 kHz, values in [-1, 1]
+    window        (160000,)     10 s of it, the length that AST was trained on
+    log-mel       (998, 128)    X[t, m] = ln max(ε, Σ_f |FFT(frame t)[f]|² M[f, m])
+    spectrogram   (1024, 128)   (X - MEAN) / (2 STD), where X is padded with zeros
+    SpecAug       (1024, 128)   in training, a random stripe of time and one of frequency are 0
 
 Frame t is the 25 ms that start at t · 10 ms, with its mean removed, pre-emphasised and tapered. M
 holds triangular filters that are evenly spaced on the mel scale, and ε is 1.2e-7. In a spectrogram,
 0 is AudioSet's mean, and the padding is 0.467.
 
-One spectrogram shows a window of 10 s, the length that AST was trained on. From a longer clip,
-training draws one random window per epoch; scoring uses enough windows to cover it. A shorter clip
-is continued by itself, backwards and forwards in turn, until it fills a window.
+From a longer clip, training draws one random window per epoch; scoring uses enough windows to cover
+it. A shorter clip is played backwards and forwards in turn until it fills a window.
 
     python data.py --machine fan        # downloads one machine of DCASE2023 Task 2
 """
@@ -67,6 +67,12 @@ MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's ow
 
 DEV = ["ToyCar", "ToyTrain", "bearing", "fan", "gearbox", "slider", "valve"]
 EVAL = ["ToyDrone", "ToyNscale", "ToyTank", "Vacuum", "bandsaw", "grinder", "shaker"]
+
+
+class InputError(ValueError):
+    """An error that the user can fix: a file, a name, a setting. Printed as one line, without a
+    traceback.
+    """
 
 
 class Clip(NamedTuple):
@@ -121,8 +127,8 @@ def list_clips(root: str | Path, machine: str, split: str) -> list[Clip]:
 def read_wav(path: str | Path) -> Tensor:
     """Read a WAV file of any rate as mono, 16 kHz, in [-1, 1]: (n_samples,) float32.
 
-    Of several channels the first counts. It is the near microphone in DCASE2026 Task 2, and a mean
-    would cancel channels of opposite phase. Raises InputError, naming file and reason, if the file
+    Only the first channel is used. It is the near microphone in DCASE2026 Task 2, and a mean would
+    cancel channels of opposite phase. Raises InputError, naming file and reason, if the file
     cannot be read correctly.
     """
     try:
@@ -156,7 +162,7 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
     mean of each frame. Frames of 25 ms every 10 ms are fbank's default.
     """
     window = wave[start : start + WINDOW]
-    if len(window) < WINDOW:  # a short clip: there and back again, without a click at the turns
+    if len(window) < WINDOW:  # a short clip: backwards and forwards, so no click where it turns
         there_and_back = torch.cat([window, window.flip(0)])
         window = there_and_back.repeat(math.ceil(WINDOW / len(there_and_back)))[:WINDOW]
     options = {"window_type": "hanning", "htk_compat": True, "use_energy": False, "dither": 0.0}
@@ -167,10 +173,8 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
 
 
 class RandomOrder(Sampler):
-    """Every clip once, in random order, as a pair (i, u): which clip, and which window of it.
-
-    u is uniform on [0, 1). Both are drawn in the main process, so results do not depend on
-    --workers.
+    """Every clip once, in random order, as a pair (i, u): which clip, and which window of it, u in
+    [0, 1). Both are drawn in the main process, so results do not depend on --workers.
     """
 
     def __init__(self, n_clips: int):
@@ -254,10 +258,6 @@ def stripes(B: int, size: int, max_width: int, device: torch.device) -> Tensor:
 # ---------------------------------------------- plumbing: not needed to follow the method
 
 
-class InputError(ValueError):
-    """What a user can mend: a file, a name, a setting. It ends in one line, without a traceback."""
-
-
 def machine_names(names: list[str]) -> list[str]:
     """Expand dev, eval and all; drop duplicates."""
     machines = []
@@ -267,12 +267,12 @@ def machine_names(names: list[str]) -> list[str]:
 
 
 def default_run(machines: list[str], kind: str = "") -> Path:
-    """The run folder where none is named; machines as on the command line."""
+    """The default run folder; machines as on the command line."""
     return Path("runs", kind + "+".join(machines))
 
 
 def what_is_there(folder: Path) -> str:
-    """What a user finds where clips were expected, or in the nearest folder above."""
+    """What the user finds where clips were expected, or in the nearest folder above."""
     while not folder.is_dir():
         folder = folder.parent
     names = [path.name + "/" * path.is_dir() for path in sorted(folder.glob("[!.]*"))]
@@ -295,19 +295,20 @@ def decode_wav(content: bytes) -> tuple[int, np.ndarray]:
 
 
 def plain_wav(content: bytes) -> bytes:
-    """The same recording without what recorders write around it, which scipy stumbles over: only
-    the format and whole frames of samples. Raises InputError as decode_wav does; decodes nothing.
+    """The same WAV file with nothing but its format and whole frames of samples, since scipy
+    stumbles over what recorders write around them. Raises InputError as decode_wav does.
     """
     if len(content) >= 2**32:
         raise InputError("has 4 GiB or more, which its header cannot describe: cut it into clips")
-    if content[:4] not in (b"RIFF", b"RIFX", b"RF64") or content[8:12] != b"WAVE":
-        raise InputError("is empty, or no WAV file (a renamed m4a?)")
+    kind = content[:4] + content[8:12]
+    if kind not in (b"RIFFWAVE", b"RIFXWAVE", b"RF64WAVE") or len(content) < 44:
+        raise InputError("is empty, or not a WAV file (a renamed m4a?)")
     order = ">" if content.startswith(b"RIFX") else "<"
     chunks, position = {}, 12
     while position + 8 <= len(content):
         name, size = struct.unpack_from(f"{order}4sI", content, position)
-        if name == b"data" and content.startswith(b"RF64"):  # sizes of 64 bits, in a first chunk
-            (size,) = struct.unpack_from("<Q", content, 28)
+        if name == b"data" and content.startswith(b"RF64"):
+            (size,) = struct.unpack_from("<Q", content, 28)  # 64 bits, in the first chunk, ds64
         chunk = content[position + 8 : position + 8 + size]
         if name == b"data" and len(chunk) < size:
             raise InputError(f"is cut off: {size - len(chunk):,} bytes of samples are missing")
@@ -349,6 +350,7 @@ def refuse_wrong_scale(values: np.ndarray) -> None:
         raise InputError("has samples that are not finite (NaN or infinity)")
     if values.dtype.kind == "f" and peak > 8:  # a little over 1 is normal
         raise InputError(f"peaks at {peak:g}; floating-point samples should lie within ±1")
+    # Below 1/256 of full scale, though the lowest 8 bits are used.
     if values.dtype.kind == "i" and peak < 2 ** (bits - 9) and (values & 0xFF).any():
         raise InputError(f"has 16- or 24-bit numbers in {bits} bits: shift them to full scale")
 
@@ -358,16 +360,16 @@ def refuse_wrong_scale(values: np.ndarray) -> None:
 
 def add_machine(parser: argparse.ArgumentParser) -> None:
     options = {"nargs": "+", "required": True, "metavar": "NAME", "type": machine_name}
-    text = "folders in --data, or machines of DCASE2023, which are fetched; dev, eval, all: groups"
+    text = "folders in --data, or DCASE2023 machines, which are fetched, or dev, eval, all"
     parser.add_argument("--machine", help=text, **options)
 
 
 def machine_name(text: str) -> str:
-    """argparse type: the name of a folder. A slash at its end is ignored."""
+    """argparse type: a folder name. A slash at its end is ignored."""
     name = text.rstrip("/")
     if "/" in name or name in ("", ".", ".."):
-        right = "for data/halle1/pumpe2 write --data data/halle1 --machine pumpe2"
-        raise argparse.ArgumentTypeError(f"{text!r} is no folder's name: {right}")
+        right = "for data/hall1/pump2 write --data data/hall1 --machine pump2"
+        raise argparse.ArgumentTypeError(f"{text!r} is not a folder name: {right}")
     return name
 
 
@@ -396,18 +398,18 @@ def one_line_errors():
             stream.reconfigure(errors="backslashreplace")
     try:
         yield
-        return
     except KeyboardInterrupt:
         sys.exit("\ninterrupted: run the same command again to continue")
     except (InputError, OSError, ImportError) as error:
         message = str(error).strip()
         if "\nOriginal Traceback" in message:  # from a process that reads WAV files
             message = message.split("\n")[-1].split(": ", 1)[1]  # without the error's class
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
     except RuntimeError as error:
         if not str(error).startswith("DataLoader"):
             raise
-        message = "a process that reads WAV files died or got stuck (memory?): try --workers 0"
-    sys.exit(f"{Path(sys.argv[0]).name}: error: {message}")
+        reason = "a process that reads WAV files died or got stuck (memory?)"
+        sys.exit(f"{Path(sys.argv[0]).name}: error: {reason}: try --workers 0")
 
 
 # Files and folders
@@ -424,9 +426,7 @@ def sole_use(folder: Path):
             raise OSError(f"another command is working in {folder}") from error
         except OSError:
             pass  # a file system without locks
-        os.register_at_fork(
-            after_in_child=lock.close
-        )  # a process that reads clips must not hold it
+        os.register_at_fork(after_in_child=lock.close)  # only this process holds it
         yield
 
 
@@ -456,15 +456,15 @@ def save(path: Path, content: dict) -> None:
 def load(path: Path, *keys: str) -> dict:
     """Load what `save` wrote, with these keys, without executing anything in it."""
     buffer = io.BytesIO(Path(path).read_bytes())
+    foreign = f"{path} was not written by this program"
     try:
         content = torch.load(buffer, map_location="cpu", weights_only=True)
-        if not set(keys) <= set(content):
-            raise pickle.UnpicklingError
-    except Exception as error:  # of many kinds, and not each is the file's fault
-        reason = f"cannot be loaded: {error!r}".split("\n")[0]
-        if isinstance(error, pickle.UnpicklingError):  # PyTorch's own words advise to execute it
-            reason = "was not written by this program"
-        raise InputError(f"{path} {reason}") from error
+    except pickle.UnpicklingError as error:  # PyTorch's own message suggests to load it unsafely
+        raise InputError(foreign) from error
+    except Exception as error:  # of many kinds, and not always the file's fault
+        raise InputError(f"{path} cannot be loaded: {error!r}".split("\n")[0]) from error
+    if not set(keys) <= set(content):
+        raise InputError(foreign)
     return content
 
 

@@ -139,12 +139,13 @@ def to_score(text: str) -> float:
 def read_labels(path: Path, names: list[str], complete: bool) -> dict[str, bool]:
     """0 or 1 for each of the names, as bool. Unless they must be complete, some may be missing."""
     labels = read_two_columns(path, to_label, "name.wav and 0 or 1")
-    missing = [name for name in names if name not in labels]
+    found = {name: labels.get(unicodedata.normalize("NFC", name)) for name in names}
+    missing = [name for name in names if found[name] is None]
     if missing and any("\udc80" <= letter <= "\udcff" for letter in "".join(labels)):
         raise InputError(f"{path} is not in UTF-8, and lacks {missing[0]}: save it as CSV UTF-8")
     if missing and (complete or len(missing) == len(names)):
         raise InputError(f"{path} has no line for {missing[0]} (missing clips: {len(missing)})")
-    return {name: labels[name] for name in names if name in labels}
+    return {name: label for name, label in found.items() if label is not None}
 
 
 def labels_of(
@@ -153,8 +154,8 @@ def labels_of(
     """is_anomaly and is_target of the test clips called `names`.
 
     They come from the names, or all from root/machine/labels.csv and domains.csv if any name lacks
-    its label. A clip without a domain counts as source. A clip of one's own without a label is left
-    out. Without labels.csv, both are empty.
+    its label. A clip without a domain counts as source. For your own machines, unlabelled clips are
+    left out. Without labels.csv, both are empty.
     """
     clips = {name: data.parse_clip(Path(machine, "test", name)) for name in names}
     is_anomaly = {name: clip.is_anomaly for name, clip in clips.items()}
@@ -194,9 +195,9 @@ def words(scored_with: dict) -> str:
 
 
 def read_record(machine: str, run: Path) -> dict:
-    """How the scores of a machine were made; {} if nobody knows.
+    """How the scores of a machine were made; {} if there is no record.
 
-    Raises InputError if the record is about other scores, or another adapter, than lie there.
+    Raises InputError if it is about other scores, or another adapter, than those in the folder.
     """
     scores, _, file = files_of(machine, run)
     adapter = run / "adapter.pt"
@@ -223,10 +224,12 @@ def evaluate_machine(machine: str, run: Path, root: str | Path) -> dict:
     is_anomaly, is_target = labels_of(machine, names, root)
     if not is_anomaly:
         example = f"{names[0]},1 for an anomaly or {names[0]},0 for a normal clip"
-        raise InputError(f"{Path(root, machine)}/labels.csv is missing; it has lines as {example}")
+        raise InputError(
+            f"{Path(root, machine)}/labels.csv is missing; its lines look like {example}"
+        )
     labelled = list(is_anomaly)
     if len(labelled) < len(names):
-        print(f"{machine}: left out, since without a label: {len(names) - len(labelled)} clips")
+        print(f"{machine}: {len(names) - len(labelled)} clips without a label are left out")
     if len(set(is_anomaly.values())) == 1:
         print(f"{machine}: no AUC, since all labels are {int(is_anomaly[labelled[0]])}")
     columns = [[of_clip[name] for name in labelled] for of_clip in (scores, is_anomaly, is_target)]

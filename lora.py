@@ -75,11 +75,11 @@ def add_lora(
     """
     depth = len(model.blocks)
     if layers is None:
-        layers = list(range(depth))
+        layers = range(depth)
     if len(set(targets)) < len(targets) or len(set(layers)) < len(layers):
         raise ValueError("a LoRA target or layer is named twice")
     found = set()
-    for index in layers:
+    for index in sorted(layers):  # in this order the matrices A are drawn
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
         block = model.blocks[index]
@@ -100,7 +100,7 @@ def merge_lora(model: nn.Module) -> None:
             model.set_submodule(path, module.merged())
 
 
-# What is trained, in every tuning, is what requires a gradient. Only this is saved.
+# The trained parameters are those that require a gradient. Only these are saved.
 
 
 def trained_state(model: nn.Module) -> dict[str, Tensor]:

@@ -43,32 +43,37 @@ from train import load_run
 
 
 class Windows(NamedTuple):
-    """All windows of some clips, one after the other."""
+    """All windows of some clips in one flat list, since clips differ in length."""
 
     embedding: np.ndarray  # (n, D), of unit length
     clip_index: np.ndarray  # (n,) which clip a window is from
     start: np.ndarray  # (n,) where it starts in the clip, in samples
+    digest: str = ""  # of the clips' checksums
 
 
 class Scorer(NamedTuple):
     """A model, its data folder, and a record of how it scores."""
 
     model: Embedder
-    model_key: str  # changes with the model and with the code that computes embeddings
+    model_key: str  # changes with the model, and with the source of data, lora and backbone.py
     root: Path
     record: dict  # for scoring_<machine>.json
+
+
+COPY = 1e-6  # windows at a smaller distance are of the same recording
 
 
 @torch.inference_mode()
 def embed(model: Embedder, clips: list[Clip], batch_size: int = 8, workers: int = 0):
     """Yields for each clip the embeddings of its windows, (n, D), and their starts, in samples.
 
-    In float32 on every device. Raises InputError if they are not finite.
+    In float32 on every device. TF32, which keeps 10 of 23 mantissa bits, is switched off: a GPU's
+    scores would differ from a CPU's. Raises InputError if embeddings are not finite.
     """
     model.eval()
     device = model.ast.pos_embed.device
-    torch.backends.cuda.matmul.allow_tf32 = False  # TF32 keeps 10 of 23 mantissa bits: a GPU's
-    torch.backends.cudnn.allow_tf32 = False  # scores would differ from a CPU's
+    torch.backends.cuda.matmul.allow_tf32 = False
+    torch.backends.cudnn.allow_tf32 = False
     timeout = backbone.TIMEOUT if workers else 0
     loader = DataLoader(
         data.AllWindows(clips), batch_size, num_workers=workers, timeout=timeout, collate_fn=list
@@ -86,11 +91,11 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int = 8, workers: int 
             yield e_of_clip.clone(), starts_of_clip  # a view would be saved with its whole batch
 
 
-def windows_of(clips: list[Clip], checksums: dict, scorer: Scorer, args) -> Windows:
+def windows_of(clips: list[Clip], scorer: Scorer, args: argparse.Namespace) -> Windows:
     """All windows of some clips of one machine, of which only new ones go through the network.
 
-    A clip is known by its checksum, so a renamed file is not embedded again. Another model, or any
-    edit of data.py, lora.py or backbone.py, embeds all clips again.
+    A clip is identified by its checksum, so a renamed file is not embedded again. Another model, or
+    any edit of data.py, lora.py or backbone.py, embeds all clips again.
     """
     file = args.run / f"embeddings_{clips[0].machine}.pt"
     known = {}  # checksum of a clip: what `embed` yields for it
@@ -98,7 +103,8 @@ def windows_of(clips: list[Clip], checksums: dict, scorer: Scorer, args) -> Wind
         saved = data.load(file, "model", "clips")
         if saved["model"] == scorer.model_key:
             known = saved["clips"]
-    new = {checksums[clip.path]: clip for clip in clips if checksums[clip.path] not in known}
+    checksums = [data.file_digest(clip.path) for clip in clips]
+    new = {checksum: clip for checksum, clip in zip(checksums, clips) if checksum not in known}
     embedded = embed(scorer.model, list(new.values()), args.batch_size, args.workers)
     try:
         for checksum, result in zip(tqdm(new, "clips", leave=False, disable=None), embedded):
@@ -107,14 +113,30 @@ def windows_of(clips: list[Clip], checksums: dict, scorer: Scorer, args) -> Wind
         if new:
             data.save(file, {"model": scorer.model_key, "clips": known})
 
-    embeddings, starts = zip(*[known[checksums[clip.path]] for clip in clips])
+    embeddings, starts = zip(*[known[checksum] for checksum in checksums])
+    embedding = torch.cat(embeddings).numpy()
     clip_index = np.repeat(np.arange(len(clips)), [len(of_clip) for of_clip in starts])
-    return Windows(torch.cat(embeddings).numpy(), clip_index, np.concatenate(starts))
+    digest = hashlib.sha256(" ".join(sorted(checksums)).encode()).hexdigest()
+    return Windows(embedding, clip_index, np.concatenate(starts), digest)
 
 
 def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
     """Cosine distance of each row of x (m, D) to each row of y (n, D), of unit length: (m, n)."""
     return (1 - x @ y.T).clip(min=0)  # rounding can give values just below 0
+
+
+def distances_within(windows: Windows) -> np.ndarray:
+    """Distances (n, n) of windows to each other. They are infinite within a clip, and between equal
+    windows: those of a copy of the clip, in whatever bytes it was saved.
+    """
+    d = distances(windows.embedding, windows.embedding)
+    same_clip = windows.clip_index[:, None] == windows.clip_index
+    copies = (d < COPY) & ~same_clip
+    if copies.any():
+        repeated = windows.clip_index[np.tril(copies).any(axis=1)]
+        print(f"copies among the training clips: {len(set(repeated))}")
+    d[same_clip | copies] = np.inf
+    return d
 
 
 def nearest(d: np.ndarray, k: int) -> np.ndarray:
@@ -124,7 +146,7 @@ def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """
     if k > fewest_neighbours(d):
         reason = f"a clip has only {fewest_neighbours(d)} windows of other clips as neighbours"
-        raise InputError(f"too few training clips: {reason}; --k or --normalize density needs {k}")
+        raise InputError(f"too few training clips: {reason}; this takes {k} (--k, density: 4)")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
 
 
@@ -138,8 +160,8 @@ def anomaly_scores(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scores of one machine's test windows, (m,), and training windows, (n,).
 
-    d_test (m, n) and d_train (n, n) are distances to the training windows. In d_train they are
-    infinite where two windows may not be neighbours. domain (n,) is "source", "target" or "".
+    d_test (m, n) and d_train (n, n) are distances to the training windows. domain (n,) is "source",
+    "target" or "".
     """
     if normalize == "density":
         return density_scores(d_test, d_train, k)
@@ -159,27 +181,19 @@ def most_anomalous(scores: np.ndarray, clip_index: np.ndarray) -> np.ndarray:
 
 def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> None:
     """Score one machine, from its clips to its files."""
-    # Clips. There may be no test clips yet.
-    train_clips, test_clips, checksums = clips_to_score(machine, scorer.root)
-
-    # Embeddings of all windows of the training clips, and their distances. A training clip is no
-    # neighbour of itself, nor of a copy, in whatever bytes it was saved.
-    train_windows = windows_of(train_clips, checksums, scorer, args)
-    d_train = distances(train_windows.embedding, train_windows.embedding)  # (n, n)
-    same_clip = train_windows.clip_index[:, None] == train_windows.clip_index  # (n, n)
-    copies = d_train < 1e-6
-    d_train[same_clip | copies] = np.inf
-    earlier = train_windows.clip_index[:, None] > train_windows.clip_index
-    print_copies(copies & earlier, train_windows, train_clips)
-    suspects = suspicious_training_clips(d_train, train_windows, train_clips)
-    if not test_clips:
-        print_suspects(suspects)
+    # Clips.
+    train_clips, test_clips = clips_to_score(machine, scorer.root)
+    if not test_clips:  # none yet
+        look_at_training_clips(train_clips, scorer, args)
         return
 
-    # Embeddings of all windows of the test clips, and their distances to the training windows.
-    test_windows = windows_of(test_clips, checksums, scorer, args)
+    # Embeddings of all their windows.
+    train_windows = windows_of(train_clips, scorer, args)
+    test_windows = windows_of(test_clips, scorer, args)
+
+    # Distances to the training windows. In d_train, infinite where two may not be neighbours.
     d_test = distances(test_windows.embedding, train_windows.embedding)  # (m, n)
-    print_copies(d_test < 1e-6, test_windows, test_clips)
+    d_train = distances_within(train_windows)  # (n, n)
 
     # Scores of all windows. A clip has the score of its most anomalous window.
     domain = np.array([train_clips[i].domain or "" for i in train_windows.clip_index])  # (n,)
@@ -187,16 +201,16 @@ def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> Non
     worst_window = most_anomalous(scores, test_windows.clip_index)  # one for each test clip
     worst_train_window = most_anomalous(train_scores, train_windows.clip_index)
 
-    # Threshold. It is too low for a trained model, which has fitted these clips: expect more false
-    # alarms than the percentile suggests.
+    # Threshold. A trained model has fitted these clips, so their scores are low, and the threshold
+    # is: expect more false alarms than the percentile suggests.
     train_clip_scores = train_scores[worst_train_window]
     threshold = np.percentile(train_clip_scores, args.percentile)
 
-    # Results: one row for each test clip. Its nearest training clip is the nearest one by plain
-    # distance, even when the score is normalised.
+    # Results: one row for each test clip, with its nearest training clip (by plain distance, even
+    # when the score is normalised).
     rows = []
     for clip, window in zip(test_clips, worst_window):
-        near = d_test[window].argmin()
+        near = d_test[window].argmin()  # a training window
         row = {
             "test_clip": clip.path.name,
             "score": float(scores[window]),
@@ -208,7 +222,11 @@ def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> Non
             "nearest_at_seconds": float(train_windows.start[near] / data.SAMPLE_RATE),
         }
         rows.append(row)
-    write_results(machine, rows, suspects, train_clip_scores, checksums, scorer, args)
+
+    # Training clips that may be faulty themselves, and all files.
+    suspects = suspicious_training_clips(d_train, train_windows, train_clips)
+    digests = [train_windows.digest, test_windows.digest]
+    write_results(machine, rows, suspects, train_clip_scores, digests, scorer, args)
 
 
 # Two ways to make distances comparable, for --normalize. Distances tend to be smaller among the
@@ -226,15 +244,15 @@ def density_scores(
 
     Simplification: ρ is not recomputed without the training clip being scored.
     """
-    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,) of each column
+    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # of each training window, (n,)
     return nearest(d_test / rho, k), nearest(d_train / rho, k)
 
 
 def standardised_scores(
     d_test: np.ndarray, d_train: np.ndarray, domain: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standardise each domain's distances by their mean and std over all test windows, then take
-    the smaller (from RMIS, code of the paper's lab).
+    """Standardise the scores against each domain's training clips by their mean and std over all
+    test windows, then take the smaller (from RMIS, the benchmark code of the paper's lab).
 
     TRANSDUCTIVE: each score depends on the whole test set, which the challenge's rules forbid.
     """
@@ -261,7 +279,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", metavar="DIR", help="has <machine>/{train,test}/*.wav (the run's, or data)")
     add("--weights", metavar="FILE", help=f"pre-trained AST (the run's, or {backbone.WEIGHTS})")
     add("--pretrained", action="store_true", help="score with the pre-trained AST, not with a run")
-    add("--pooling", choices=["cls", "mean"], help="its mean of class tokens or patches (cls)")
+    add("--pooling", choices=["cls", "mean"], help="of --pretrained: class tokens or patches (cls)")
     add("--k", type=data.positive, default=1, help="nearest neighbours (%(default)s)")
     text = "normalise distances by density, or by test-set statistics: transductive (%(default)s)"
     add("--normalize", default="none", choices=["none", "density", "test"], help=text)
@@ -269,7 +287,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--percentile", type=float, default=90.0, metavar="P", help=text)
     add("--plot", action="store_true", help="draw <machine>.png for the page; needs matplotlib")
     backbone.add_hardware(parser)
-    text = "clips per batch, windows per forward pass (8); hours of sound: 1, and --workers 0"
+    text = "clips per batch, windows per forward pass (8); for clips of an hour, 1 and --workers 0"
     add("--batch-size", type=data.positive, default=8, help=text)
     args = parser.parse_args(argv)
     if args.pooling and not args.pretrained:
@@ -286,40 +304,35 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 # ---------------------------------------------- plumbing: not needed to follow the method
 
 
-def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip], dict[Path, str]]:
-    """The training clips, the test clips, and the checksum of each file.
+def clips_to_score(machine: str, root: Path) -> tuple[list[Clip], list[Clip]]:
+    """The training clips and the test clips, of which there may be none yet.
 
     Raises InputError, naming all files that cannot be read.
     """
     train, test = data.list_clips(root, machine, "train"), []
     if any((root / machine / "test").glob("[!.]*")):
         test = data.list_clips(root, machine, "test")
-    checksums, unreadable = {}, []
+    unreadable = []
     for clip in train + test:
-        content = clip.path.read_bytes()
-        checksums[clip.path] = hashlib.sha256(content).hexdigest()
         try:
-            data.plain_wav(content)
+            data.plain_wav(clip.path.read_bytes())
         except InputError as error:
             unreadable.append(f"{clip.path} {error}")
     if unreadable:
         raise InputError(f"these files cannot be read: {data.shortened(unreadable)}")
+    paths = {clip.path for clip in train + test}
     files = [*(root / machine).glob("train/[!.]*"), *(root / machine).glob("test/[!.]*")]
-    not_read = sorted(path.name for path in files if path not in checksums)
+    not_read = sorted(path.name for path in files if path not in paths)
     note = f" (not read: {data.shortened(not_read)})" if not_read else ""
     print(f"{machine}: test clips {len(test)}, training clips {len(train)}{note}")
     if len(train) < 20:
         print("So few training clips make the threshold a guess: fifty or more are better.")
-    return train, test, checksums
+    return train, test
 
 
-def print_copies(equal: np.ndarray, windows: Windows, clips: list[Clip]) -> None:
-    """Name the clips of which every window equals one of a training clip. equal (m, n): bool."""
-    is_copy = equal.any(axis=1)  # (m,)
-    pairs = enumerate(clips)
-    copies = [str(clip.path) for i, clip in pairs if is_copy[windows.clip_index == i].all()]
-    if copies:
-        print(f"copies of training clips: {len(copies)} ({data.shortened(copies)})")
+def look_at_training_clips(clips: list[Clip], scorer: Scorer, args: argparse.Namespace) -> None:
+    windows = windows_of(clips, scorer, args)
+    print_suspects(suspicious_training_clips(distances_within(windows), windows, clips))
 
 
 def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[Clip]) -> list[dict]:
@@ -333,8 +346,9 @@ def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[C
     suspects = []
     for i in np.argsort(-times)[:20]:
         if len(suspects) < 3 or times[i] > 5:
-            at, name = train.start[worst_window[i]] / data.SAMPLE_RATE, clips[i].path.name
-            suspects.append({"clip": name, "times_median": times[i], "at_seconds": at})
+            at = train.start[worst_window[i]] / data.SAMPLE_RATE
+            row = {"clip": clips[i].path.name, "times_median": times[i], "at_seconds": at}
+            suspects.append(row)
     return suspects
 
 
@@ -351,17 +365,15 @@ def print_suspects(suspects: list[dict]) -> None:
 
 
 def write_results(
-    machine: str, rows: list[dict], suspects: list[dict], train_clip_scores, checksums, scorer, args
+    machine: str, rows: list[dict], suspects: list[dict], train_clip_scores, digests, scorer, args
 ) -> None:
     """Write all files of a machine, and print the highest scores."""
     run, root = args.run, scorer.root
     scores, decisions, record_file = evaluate.files_of(machine, run)
     data.write_csv(scores, [(row["test_clip"], row["score"]) for row in rows])
     data.write_csv(decisions, [(row["test_clip"], row["alarm"]) for row in rows])
-    compared = sorted(f"{path.parent.name} {checksum}" for path, checksum in checksums.items())
-    digest = hashlib.sha256("\n".join(compared).encode()).hexdigest()
     record = scorer.record | {"scores_sha256": data.file_digest(scores)}
-    record["scored_with"] = record["scored_with"] | {"clips": digest}
+    record["scored_with"] = record["scored_with"] | {"clips": digests}
     data.write(record_file, json.dumps(record, indent=1).encode())
 
     rows = sorted(rows, key=itemgetter("score"), reverse=True)
@@ -371,8 +383,8 @@ def write_results(
     summary = f"{alarms} of {len(rows)} test clips are above the threshold"
     summary += f" ({rows[0]['threshold']:.4g}, which {percent} of the training clips stay below)"
     if 2 * alarms > len(rows):
-        summary += ". So many usually mean another day, gain or microphone, or training clips that"
-        summary += " are all of one hour"
+        summary += ".\nSo many usually mean another day, gain or microphone than in training, or"
+        summary += " training clips all recorded within an hour"
     page = make_page(machine, rows, suspects, summary, how, root, args)
     data.write(run / f"report_{machine}.html", page.encode("utf-8", "backslashreplace"))
     try:
@@ -384,6 +396,9 @@ def write_results(
         plot(run / f"{machine}.png", machine, rows, train_clip_scores, labels, root)
 
     print(f"{how}\n{summary}")
+    copies = [row["test_clip"] for row in rows if row["distance"] < COPY]
+    if copies:
+        print(f"copies of training clips among the test clips: {data.shortened(copies)}")
     print("     score     from         the ten highest, and the nearest training clip of each")
     for row in rows[:10]:
         alarm = "ALARM" if row["alarm"] else "     "
@@ -406,8 +421,8 @@ td:first-child { width: 8em } img { width: 100%; max-width: 45em }
 td, td:first-child { display: block; width: auto; border: 0 } tr { border-top: 1px solid #aaa } }
 </style>"""
 READING = """<p>A score is the distance to the most similar training clips. ALARM: above the
-threshold. The players start at the oddest 10 s. They need the recordings where they were when this
-page was written, so a copy of it elsewhere has no sound.</p>"""
+threshold. The players start at the most unusual 10 s. They need the recordings where they were when
+this page was written, so a copy of it elsewhere has no sound.</p>"""
 
 
 def make_page(
@@ -501,7 +516,7 @@ def load_scorer(args: argparse.Namespace) -> Scorer:
         if run is not None and machine not in run.setting["machine"]:
             raise InputError(f"{args.run} was not trained on {machine}")
         data.fetch(machine, root)
-        data.list_clips(root, machine, "train")  # missing ones are noticed before all else
+        data.list_clips(root, machine, "train")  # fails early if there are none
     if run is None:
         weights, pooling = args.weights or backbone.WEIGHTS, args.pooling or "cls"
         backbone.fetch_weights(weights)
@@ -509,7 +524,7 @@ def load_scorer(args: argparse.Namespace) -> Scorer:
         setting = {"weights_sha256": data.file_digest(weights), "pooling": pooling}
         model_key, record = str(setting), {}
     else:
-        model, setting, model_key, _ = run
+        model, setting, model_key = run.model, run.setting, run.digest
         lora.merge_lora(model.ast)  # the same outputs, at the speed of the plain AST
         record = {"adapter_sha256": model_key}
     for module in (data, lora, backbone):

@@ -128,24 +128,24 @@ def train(args: argparse.Namespace) -> None:
     """
     # Clips and classes.
     clips = []
-    for machine in sorted(data.machine_names(args.machine)):
+    for machine in args.machine:
         clips += data.list_clips(args.data, machine, "train")
     class_of_clip = [(clip.machine, clip.attributes) for clip in clips]
     classes = sorted(set(class_of_clip))
     labels = [classes.index(name) for name in class_of_clip]
     print(f"clips: {len(clips):,}, classes: {len(classes)}")
     if len(classes) < 2:
-        reason = "name the states of the clips (README), add machines, or use score.py --pretrained"
+        reason = "put states into the file names (README), add machines, or score --pretrained"
         raise InputError(f"nothing to learn, since all clips are one class: {reason}")
 
     # Model, loss and optimizer.
-    seed = 1_000_000 * args.seed  # leaves room for a seed for each epoch
-    torch.manual_seed(seed)
+    torch.manual_seed(1_000_000 * args.seed)
     model = make_model(args).to(args.device).train()
     if args.compile:
         model.compile(dynamic=False)  # one graph for each batch size: the last batch is smaller
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(args.device)
     optimizer = make_optimizer(model, arcface, args)
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]  # reached after the warm-up
     augment = data.SpecAug(args.time_mask, args.freq_mask)
     trainable, total = count_parameters(model)
     print(f"parameters: {total:,}, of which {trainable:,} are trained")
@@ -159,18 +159,19 @@ def train(args: argparse.Namespace) -> None:
         persistent_workers=args.workers > 0,
         timeout=backbone.TIMEOUT if args.workers else 0,
         pin_memory=args.device.type == "cuda",
-        generator=torch.Generator(),  # or the loader would draw from the global generator
+        generator=torch.Generator(),  # the global one is for augmentation and dropout only
     )
     warmup_steps = args.warmup * len(loader)
-    peak_lrs = [group["lr"] for group in optimizer.param_groups]
 
     # Continuing after the last whole epoch, if this run has one.
     setting = make_setting(args, clips, classes)
-    log = restore(args.run / "last.pt", setting, model, arcface, optimizer)  # a row an epoch
+    log = restore(args.run / "last.pt", setting, model, arcface, optimizer)
+    first_epoch = len(log) + 1  # the log has a row for each epoch
 
-    # The epochs.
-    for epoch in range(len(log) + 1, args.epochs + 1):
-        torch.manual_seed(seed + epoch)  # so a run that continues draws what it would have drawn
+    # The epochs. Each has a seed of its own, so a run that continues draws the same numbers. The
+    # million keeps the epochs of one --seed apart from those of the next.
+    for epoch in range(first_epoch, args.epochs + 1):
+        torch.manual_seed(1_000_000 * args.seed + epoch)
         step = (epoch - 1) * len(loader)
         total_loss = 0.0
         for x, y in tqdm(loader, f"epoch {epoch}", leave=False, disable=None):
@@ -224,10 +225,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--tuning", default="lora", choices=["lora", "full", "frozen"], help=text)
     add("--rank", type=data.positive, default=64, help="LoRA's rank (%(default)s)")
     add("--alpha", type=data.above_zero, help="LoRA's update is scaled by alpha/rank (the rank)")
-    add("--dropout", type=float, default=0.0, help="share of LoRA's input dropped (%(default)s)")
+    add("--dropout", type=float, default=0.0, help="dropout on LoRA's input (%(default)s)")
     text = "layers with adapters, any of q k v proj fc1 fc2 (q v)"
     add("--targets", nargs="+", default=["q", "v"], metavar="NAME", help=text)
-    add("--layers", nargs="+", type=int, metavar="I", help="blocks with adapters, as 8 9 10 (all)")
+    add(
+        "--layers", nargs="+", type=int, metavar="I", help="blocks with adapters, e.g. 8 9 10 (all)"
+    )
     text = "attentive statistics or mean of the patches, or the class tokens (%(default)s)"
     add("--pooling", default="asp", choices=list(backbone.POOLINGS), help=text)
     add("--embedding", type=data.positive, default=256, help="its dimensions (%(default)s)")
@@ -236,9 +239,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "s, which sharpens the softmax (%(default)s)"
     add("--scale", type=data.above_zero, default=30.0, help=text)
     add("--margin", type=float, default=0.2, help="m, between classes, in radians (%(default)s)")
-    text = "widest mask, in frames of 10 ms of 1024 (%(default)s)"
+    text = "maximum width of the time mask, in frames of 10 ms (%(default)s)"
     add("--time-mask", type=data.at_least(0), default=80, help=text)
-    text = "widest mask, in mel bins of 128 (%(default)s)"
+    text = "maximum width of the frequency mask, in mel bins of 128 (%(default)s)"
     add("--freq-mask", type=data.at_least(0), default=80, help=text)
 
     add = parser.add_argument_group("optimizer").add_argument
@@ -254,14 +257,15 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
     args = parser.parse_args(argv)
     args.run = args.run or data.default_run(args.machine)
+    args.machine = sorted(data.machine_names(args.machine))
     args.alpha = float(args.rank) if args.alpha is None else args.alpha
     return args
 
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-# A setting is every argument but these. They change a result by rounding only, and --compile and
-# --micro-batch by the draws of dropout. (Another device draws other masks: see "precision".)
+# A setting is every argument but these. Data and weights are compared by what they are; the others
+# change a result by rounding and by random draws only, and the kind of device is in "precision".
 WHERE = ("run", "data", "weights", "device", "workers", "compile", "micro_batch")
 
 
@@ -271,9 +275,8 @@ def make_setting(args: argparse.Namespace, clips: list[data.Clip], classes: list
     setting["targets"] = sorted(args.targets)
     setting["layers"] = sorted(args.layers) if args.layers else None
     setting["classes"] = ["/".join(names) for names in classes]
-    setting["machine"] = sorted({clip.machine for clip in clips})
     setting["clips"] = []
-    for machine in setting["machine"]:
+    for machine in args.machine:
         names = [clip.path.name for clip in clips if clip.machine == machine]
         digest = hashlib.sha256(os.fsencode("\n".join(names))).hexdigest()[:8]
         setting["clips"].append(f"{machine}: {len(names)} clips, digest of their names {digest}")
@@ -283,14 +286,15 @@ def make_setting(args: argparse.Namespace, clips: list[data.Clip], classes: list
 
 
 def restore(path: Path, setting: dict, model: Embedder, arcface: ArcFace, optimizer) -> list:
-    """Continue the run of last.pt: put its states back; -> its log, [] if there is no such file.
+    """Load last.pt into model, loss and optimizer, and return its log; [] if there is no such file.
 
-    Raises InputError if it was trained with another setting; only --epochs may grow.
+    Raises InputError if it was trained with another setting. The number of epochs may be another.
     """
     if not path.exists():
         return []
     saved = data.load(path, "setting", "model", "arcface", "optimizer", "log")
-    was, epochs_done = saved["setting"] | {"epochs": setting["epochs"]}, len(saved["log"])
+    was = saved["setting"] | {"epochs": setting["epochs"]}
+    epochs_done = len(saved["log"])
     changed = []
     for name in was | setting:
         if was.get(name) != setting.get(name):
@@ -319,7 +323,7 @@ class TrainedRun(NamedTuple):
 def load_run(run: str | Path, weights: str | None = None) -> TrainedRun:
     """Load a trained model. weights: the path of AST's weights, if they have moved.
 
-    Raises InputError if the run has not been trained to an end, and for other weights.
+    Raises InputError if training has not finished, or if the weights are not those of its training.
     """
     adapter = Path(run) / "adapter.pt"
     if not adapter.exists():
@@ -338,9 +342,9 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with data.one_line_errors():
         print(f"device: {args.device}")
-        for machine in data.machine_names(args.machine):
+        for machine in args.machine:
             data.fetch(machine, args.data)
-            data.list_clips(args.data, machine, "train")  # missing ones are noticed before all else
+            data.list_clips(args.data, machine, "train")  # fails early if there are none
         backbone.fetch_weights(args.weights)
         with data.sole_use(args.run):
             train(args)

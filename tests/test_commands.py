@@ -140,7 +140,7 @@ def test_the_demo_ends_with_its_table_and_says_what_it_is(small_demo, capsys):
     rows = zip((first, second, third, fourth), ("no network", "as it is", "frozen", "LoRA"))
     for row, name in rows:
         assert re.match(rf"\| {name} \| \d+\.\d \|", row)
-    assert "Made-up sounds and a tiny AST: no numbers of the paper's method" in out
+    assert "Made-up sounds, and a tiny AST taught on made-up ones: no numbers of the paper's" in out
     page = "runs/demo/a mill-LoRA-seed0/report_a mill.html"
     assert last == f"to look and listen, open {page} in a browser" and Path(page).exists()
     drawn = [path.parent.name for path in Path("runs").rglob("*.png")]
@@ -269,19 +269,19 @@ WRONG = [
     ("train.py", [*FAN, "--workers", "-1"], None, "argument --workers: invalid number >= 0 value"),
     ("train.py", [*FAN, "--alpha", "inf"], None, "argument --alpha: invalid number >= 1e-12 value"),
     ("train.py", [*FAN, "--margin", "2"], None, "ArcFace margin must be in [0, π/2) radians"),
-    ("train.py", ["--machine", "a/b"], None, "write --data data/halle1 --machine pumpe2"),
-    ("score.py", ["--machine", "./", "--pretrained"], None, "'./' is no folder's name"),
-    ("score.py", ["--machine", "", "--pretrained"], None, "'' is no folder's name"),
+    ("train.py", ["--machine", "a/b"], None, "write --data data/hall1 --machine pump2"),
+    ("score.py", ["--machine", "./", "--pretrained"], None, "'./' is not a folder name"),
+    ("score.py", ["--machine", "", "--pretrained"], None, "'' is not a folder name"),
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder, "Not a directory: 'runs/x'"),
     ("score.py", [*PRETRAINED, "--run", "runs"], a_file_for_a_folder, "File exists: 'runs'"),
     ("train.py", PUMP, None, "no WAV files in data/pump/train: data has fan/"),
-    ("train.py", PUMP, own_machine, "nothing to learn, since all clips are one class: name the"),
-    ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav is empty, or no WAV"),
+    ("train.py", PUMP, own_machine, "nothing to learn, since all clips are one class: put"),
+    ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav is empty, or not a"),
     ("train.py", ["--machine", "fan"], web_page_for_weights, "fails its sha256 check: delete it"),
     ("train.py", ["--machine", "fan"], None, "put the file at weights/ast.safetensors"),
     ("train.py", ["--machine", "bearing"], None, "at data/bearing.part/dev_bearing.zip"),
     ("score.py", FAN, None, "runs/fan has no trained model: train first, or use --pretrained"),
-    ("score.py", PRETRAINED, web_page_for_a_clip, "b.wav is empty, or no WAV file"),
+    ("score.py", PRETRAINED, web_page_for_a_clip, "b.wav is empty, or not a WAV"),
     ("score.py", [*PRETRAINED, "--percentile", "0.9"], None, "--percentile must be from 1 to 100"),
     ("score.py", [*PRETRAINED, "--percentile", "nan"], None, "--percentile must be from 1 to 100"),
     ("score.py", [*FAN, "--pooling", "mean"], None, "--pooling goes with --pretrained"),

@@ -176,7 +176,7 @@ def test_ones_own_machine_needs_only_a_labels_file(tmp_path, capsys):
     run = scored(tmp_path / "run", "fan", dict(zip(OWN, [0.2, 0.9, 0.95, 0.1])), {})
     argv = ["--machine", "fan", "--run", str(run)]
     message = error_of(evaluate.main, argv, capsys)
-    assert f"{tmp_path}/data/fan/labels.csv is missing; it has lines as a 1.wav,1 for an" in message
+    assert f"{tmp_path}/data/fan/labels.csv is missing; its lines look like a 1.wav,1" in message
     labels = write(tmp_path / "data" / "fan" / "labels.csv", zip(OWN, [1, 0, 1, 0]))
     evaluate.main(argv)
     out = capsys.readouterr().out
@@ -187,7 +187,7 @@ def test_ones_own_machine_needs_only_a_labels_file(tmp_path, capsys):
     assert metrics_of(run)[0]["official_score"] == ""
 
     write(labels, [("a 1.wav", 1), ("c,4.wav", 1), ("a 2.wav", 0)])
-    assert "fan: left out, since without a label: 1 clips" in table(capsys, *argv)
+    assert "fan: 1 clips without a label are left out" in table(capsys, *argv)
     write(labels, [(name, 1) for name in OWN])
     assert "fan: no AUC, since all labels are 1" in table(capsys, *argv)
 

@@ -74,7 +74,7 @@ def test_the_k_nearest_are_averaged():
     for k in (1, 2, 3):
         assert nearest(many, k) == pytest.approx(np.sort(many)[:, :k].mean(axis=1))
     with pytest.raises(
-        InputError, match=r"has only 3 windows of other clips as neighbours; --k or"
+        InputError, match=r"has only 3 windows of other clips as neighbours; this takes 4"
     ):
         nearest(found, 4)
 
@@ -118,9 +118,7 @@ def test_a_copy_is_no_neighbour_in_whatever_bytes_it_was_saved(small, monkeypatc
     rows, own = scored_vectors(monkeypatch, train, test)
     assert own == pytest.approx([d(10), d(10), d(10), d(20)], abs=1e-6)
     assert [row["score"] for row in rows] == pytest.approx([d(3), 0], abs=1e-6)
-    out = capsys.readouterr().out
-    assert "copies of training clips: 1 (data/pump/train/1.wav)\n" in out
-    assert "copies of training clips: 1 (data/pump/test/1.wav)\n" in out
+    assert "copies among the training clips: 1\n" in capsys.readouterr().out
 
 
 def test_a_score_at_the_threshold_is_no_alarm(small, monkeypatch):
@@ -156,7 +154,7 @@ def test_a_domain_without_clips_has_no_bank(normalize):
 )
 def test_too_few_clips_for_a_back_end_are_refused(angles, domains, normalize):
     domains = [{"s": "source", "t": "target"}[letter] for letter in domains]
-    with pytest.raises(InputError, match=r"too few training clips: .*--normalize density needs"):
+    with pytest.raises(InputError, match=r"too few training clips: .*density: 4"):
         one_window_each(at(*angles), TEST, domains, 1, normalize)
 
 
@@ -304,7 +302,8 @@ def test_what_is_read_is_said(small, capsys):
     scored("--pretrained", machine="pump")
     out = capsys.readouterr().out
     first = "device: cpu\npump: test clips 2, training clips 20 (not read: M1, a.flac)\n"
-    assert out.startswith(f"{first}copies of training clips: 1 (data/pump/test/old.wav)\n")
+    assert out.startswith(first)
+    assert "copies of training clips among the test clips: old.wav\n" in out
     found = report_of("runs/pretrained-pump")
     assert float(found["old.wav"]["score"]) == pytest.approx(0, abs=1e-6)
     alarms = sum(row["alarm"] == "1" for row in found.values())
@@ -418,7 +417,7 @@ def test_the_page_plays_the_recordings_from_their_suspicious_second(small):
     assert set(page.tags) & {"script", "i", "u", "link", "iframe"} == set()
     assert page.links == [source.split("#")[0] for source in page.sources]
     assert page.text.count("p<u>mp: 9 clips, ") == page.text.count("p<u>mp: what sounds") == 1
-    assert "score " in page.text and "The players start at the oddest 10 s." in page.text
+    assert "score " in page.text and "The players start at the most unusual 10 s." in page.text
     assert "training clips 3" in page.text and str(datetime.date.today()) in page.text
     for row, test, train_ in zip(report.values(), page.sources[:18:2], page.sources[1:18:2]):
         at, near_at = float(row["at_seconds"]), float(row["nearest_at_seconds"])
