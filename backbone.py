@@ -107,7 +107,7 @@ class AST(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-6)
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.shape[1:] != (N_FRAMES, N_MELS):  # transposed, it would give as many patches
+        if x.shape[1:] != (N_FRAMES, N_MELS):  # transposed, it would fit as well
             raise ValueError(f"the AST needs (B, {N_FRAMES}, {N_MELS}), got {tuple(x.shape)}")
         image = x.transpose(1, 2).unsqueeze(1)  # (B, 1, F, T): frequency is its height
         patches = self.patch_embed(image)  # (B, D, 12, 101)
@@ -152,11 +152,11 @@ class AttentiveStatisticsPooling(nn.Module):
 
     def forward(self, tokens: Tensor) -> Tensor:
         h = tokens[:, 2:]  # (B, 1212, D)
-        plain = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # std and mean, (B, 1, D)
-        context = self.V(torch.cat(plain[::-1], dim=2))  # (B, 1, hidden), the same for all patches
+        std, mean = torch.std_mean(h, dim=1, correction=0, keepdim=True)  # (B, 1, D)
+        context = self.V(torch.cat([mean, std], dim=2))  # (B, 1, hidden), the same for all patches
         a = self.W2(torch.tanh(self.W1(h) + context)).softmax(dim=1)  # (B, 1212, D)
 
-        mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D)
+        mean = (a * h).sum(dim=1, keepdim=True)  # (B, 1, D), now weighted
         variance = (a * (h - mean).square()).sum(dim=1, keepdim=True)
         std = variance.clamp(min=1e-6).sqrt()  # the slope of √ is infinite at 0
         return torch.cat([mean, std], dim=2).squeeze(1)  # (B, 2 D)
@@ -165,7 +165,7 @@ class AttentiveStatisticsPooling(nn.Module):
 POOLINGS = {
     "cls": lambda dim: TokenMean(dim, slice(0, 2)),  # class tokens: what AST was trained with
     "mean": lambda dim: TokenMean(dim, slice(2, None)),  # patches, usual for frozen models
-    "asp": AttentiveStatisticsPooling,
+    "asp": AttentiveStatisticsPooling,  # a trained weighting of the patches
 }
 
 
@@ -194,7 +194,7 @@ class Embedder(nn.Module):
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-TIMEOUT = 300  # seconds until a process that reads WAV files counts as stuck
+WORKER_TIMEOUT = 300  # seconds until a process that reads WAV files counts as stuck
 HEAD_DIM = 64  # in every AST and DeiT size
 WEIGHTS = "weights/ast.safetensors"  # where fetch_weights puts them
 HUB = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")

@@ -20,12 +20,12 @@ A clip goes through these stages:
     spectrogram   (1024, 128)   (X - MEAN) / (2 STD), where X is padded with zeros
     SpecAug       (1024, 128)   in training, a random stripe of time and one of frequency are 0
 
-Frame t is the 25 ms that start at t · 10 ms, with its mean removed, pre-emphasised and tapered. M
+Frame t covers 25 ms from t · 10 ms on; its mean is removed, and it is pre-emphasised and tapered. M
 holds triangular filters that are evenly spaced on the mel scale, and ε is 1.2e-7. In a spectrogram,
-0 is AudioSet's mean, and the padding is 0.467.
+0 is AudioSet's mean, so the padding is (0 - MEAN) / (2 STD) = 0.467.
 
 From a longer clip, training draws one random window per epoch; scoring uses enough windows to cover
-it. A shorter clip is played backwards and forwards in turn until it fills a window.
+it. A shorter clip is played forwards, then backwards, and so on, until it fills a window.
 
     python data.py --machine fan        # downloads one machine of DCASE2023 Task 2
 """
@@ -61,7 +61,7 @@ from tqdm import tqdm
 
 SAMPLE_RATE = 16000
 WINDOW = 160000  # samples: the 10 s that the network sees at once
-FRAME, HOP = 400, 160  # samples: a frame of 25 ms every 10 ms, so 998 frames in a window
+FRAME, HOP = 400, 160  # samples: fbank's frame of 25 ms every 10 ms, so 998 in a window
 N_FRAMES, N_MELS = 1024, 128  # the size of AST's input
 MEAN, STD = -4.2677393, 4.5689974  # of AudioSet's log-mel values, from AST's own training
 
@@ -162,7 +162,7 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
     mean of each frame. Frames of 25 ms every 10 ms are fbank's default.
     """
     window = wave[start : start + WINDOW]
-    if len(window) < WINDOW:  # a short clip: backwards and forwards, so no click where it turns
+    if len(window) < WINDOW:  # a short clip: forwards, then backwards, without a click
         there_and_back = torch.cat([window, window.flip(0)])
         window = there_and_back.repeat(math.ceil(WINDOW / len(there_and_back)))[:WINDOW]
     options = {"window_type": "hanning", "htk_compat": True, "use_energy": False, "dither": 0.0}
@@ -174,7 +174,7 @@ def spectrogram(wave: Tensor, start: int = 0) -> Tensor:
 
 class RandomOrder(Sampler):
     """Every clip once, in random order, as a pair (i, u): which clip, and which window of it, u in
-    [0, 1). Both are drawn in the main process, so results do not depend on --workers.
+    [0, 1). Both are drawn here, in the main process. A Dataset's draws would depend on --workers.
     """
 
     def __init__(self, n_clips: int):
@@ -295,11 +295,11 @@ def decode_wav(content: bytes) -> tuple[int, np.ndarray]:
 
 
 def plain_wav(content: bytes) -> bytes:
-    """The same WAV file with nothing but its format and whole frames of samples, since scipy
-    stumbles over what recorders write around them. Raises InputError as decode_wav does.
+    """The same WAV file, reduced to its format and complete frames of samples, since scipy fails on
+    other things that recorders write. Raises InputError as decode_wav does.
     """
     if len(content) >= 2**32:
-        raise InputError("has 4 GiB or more, which its header cannot describe: cut it into clips")
+        raise InputError("has 4 GiB or more: cut it into clips")
     kind = content[:4] + content[8:12]
     if kind not in (b"RIFFWAVE", b"RIFXWAVE", b"RF64WAVE") or len(content) < 44:
         raise InputError("is empty, or not a WAV file (a renamed m4a?)")
@@ -321,7 +321,7 @@ def plain_wav(content: bytes) -> bytes:
         raise InputError("has a damaged header")
 
     codec, channels, rate, block, bits = struct.unpack_from(f"{order}HHI4xHH", fmt)
-    if codec == 0xFFFE and len(fmt) >= 26:  # "extensible": the true codec stands further back
+    if codec == 0xFFFE and len(fmt) >= 26:  # "extensible": the real codec comes later
         (codec,) = struct.unpack_from(f"{order}H", fmt, 24)
     if codec not in (1, 3):
         raise InputError(f"is compressed (WAV format {codec}): save it as PCM")

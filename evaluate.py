@@ -210,7 +210,7 @@ def read_record(machine: str, run: Path) -> dict:
     except ValueError as error:
         raise InputError(f"{file} is damaged: score again") from error
     if record.get("scores_sha256") != data.file_digest(scores):
-        raise InputError(f"{file} describes other scores than {scores}: score again")
+        raise InputError(f"{file} does not belong to {scores}: score again")
     if "adapter_sha256" in record and adapter.exists():
         if data.file_digest(adapter) != record["adapter_sha256"]:
             raise InputError(f"{run} was trained after {machine} was scored: score again")
@@ -309,7 +309,7 @@ def table_of_machines(group: list[Trial]) -> str:
     columns = METRICS | {"harmonic_mean": "harmonic mean"}
     for key in METRICS:
         if all(math.isnan(row[key]) for trial in group for row in trial.rows):
-            del columns[key]  # such as AUC target of a machine of one's own
+            del columns[key]  # such as AUC target of your own machine
     lines = []
     for i, row in enumerate(group[0].rows):
         cells = [percent([trial.rows[i][key] for trial in group]) for key in columns]

@@ -79,7 +79,7 @@ def add_lora(
     if len(set(targets)) < len(targets) or len(set(layers)) < len(layers):
         raise ValueError("a LoRA target or layer is named twice")
     found = set()
-    for index in sorted(layers):  # in this order the matrices A are drawn
+    for index in sorted(layers):  # so --layers 9 8 gives the same model as 8 9
         if not 0 <= index < depth:
             raise ValueError(f"LoRA layer {index} does not exist: there are layers 0-{depth - 1}")
         block = model.blocks[index]

@@ -11,7 +11,8 @@ training clips' own scores. A training clip is scored against the other training
     python score.py --machine fan --pretrained         # with the pre-trained AST, without training
 
 writes into the run folder the challenge's CSV files, report_fan.csv with more columns, and
-report_fan.html, a page to listen to the most anomalous clips.
+report_fan.html, a page to listen to the most anomalous clips. It also writes scoring_fan.json (how
+it was scored, for evaluate.py) and embeddings_fan.pt (so that scoring again is quick).
 """
 
 import argparse
@@ -48,14 +49,14 @@ class Windows(NamedTuple):
     embedding: np.ndarray  # (n, D), of unit length
     clip_index: np.ndarray  # (n,) which clip a window is from
     start: np.ndarray  # (n,) where it starts in the clip, in samples
-    digest: str = ""  # of the clips' checksums
+    digest: str = ""  # of the clips' checksums; evaluate.py averages runs on equal clips only
 
 
 class Scorer(NamedTuple):
     """A model, its data folder, and a record of how it scores."""
 
     model: Embedder
-    model_key: str  # changes with the model, and with the source of data, lora and backbone.py
+    model_key: str  # of kept embeddings: changes with the model, data.py, lora.py and backbone.py
     root: Path
     record: dict  # for scoring_<machine>.json
 
@@ -74,7 +75,7 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int = 8, workers: int 
     device = model.ast.pos_embed.device
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    timeout = backbone.TIMEOUT if workers else 0
+    timeout = backbone.WORKER_TIMEOUT if workers else 0
     loader = DataLoader(
         data.AllWindows(clips), batch_size, num_workers=workers, timeout=timeout, collate_fn=list
     )
@@ -92,7 +93,8 @@ def embed(model: Embedder, clips: list[Clip], batch_size: int = 8, workers: int 
 
 
 def windows_of(clips: list[Clip], scorer: Scorer, args: argparse.Namespace) -> Windows:
-    """All windows of some clips of one machine, of which only new ones go through the network.
+    """All windows of some clips of one machine, of which only new ones go through the network. One
+    file keeps the embeddings of training and test clips.
 
     A clip is identified by its checksum, so a renamed file is not embedded again. Another model, or
     any edit of data.py, lora.py or backbone.py, embeds all clips again.
@@ -105,7 +107,7 @@ def windows_of(clips: list[Clip], scorer: Scorer, args: argparse.Namespace) -> W
             known = saved["clips"]
     checksums = [data.file_digest(clip.path) for clip in clips]
     new = {checksum: clip for checksum, clip in zip(checksums, clips) if checksum not in known}
-    embedded = embed(scorer.model, list(new.values()), args.batch_size, args.workers)
+    embedded = embed(scorer.model, list(new.values()), args.batch_size, args.workers)  # lazy
     try:
         for checksum, result in zip(tqdm(new, "clips", leave=False, disable=None), embedded):
             known[checksum] = result
@@ -126,14 +128,14 @@ def distances(x: np.ndarray, y: np.ndarray) -> np.ndarray:
 
 
 def distances_within(windows: Windows) -> np.ndarray:
-    """Distances (n, n) of windows to each other. They are infinite within a clip, and between equal
-    windows: those of a copy of the clip, in whatever bytes it was saved.
+    """Distances (n, n) of windows to each other, infinite for those that may not be neighbours: two
+    of the same clip, and two that are equal, from a clip and its copy in another file.
     """
     d = distances(windows.embedding, windows.embedding)
     same_clip = windows.clip_index[:, None] == windows.clip_index
     copies = (d < COPY) & ~same_clip
     if copies.any():
-        repeated = windows.clip_index[np.tril(copies).any(axis=1)]
+        repeated = windows.clip_index[np.tril(copies).any(axis=1)]  # not the first of its kind
         print(f"copies among the training clips: {len(set(repeated))}")
     d[same_clip | copies] = np.inf
     return d
@@ -146,7 +148,7 @@ def nearest(d: np.ndarray, k: int) -> np.ndarray:
     """
     if k > fewest_neighbours(d):
         reason = f"a clip has only {fewest_neighbours(d)} windows of other clips as neighbours"
-        raise InputError(f"too few training clips: {reason}; this takes {k} (--k, density: 4)")
+        raise InputError(f"too few training clips: {reason}, not {k} (by --k, or by density: 4)")
     return np.partition(d, k - 1, axis=1)[:, :k].mean(axis=1)
 
 
@@ -191,19 +193,21 @@ def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> Non
     train_windows = windows_of(train_clips, scorer, args)
     test_windows = windows_of(test_clips, scorer, args)
 
-    # Distances to the training windows. In d_train, infinite where two may not be neighbours.
+    # Distances to the training windows.
     d_test = distances(test_windows.embedding, train_windows.embedding)  # (m, n)
     d_train = distances_within(train_windows)  # (n, n)
 
     # Scores of all windows. A clip has the score of its most anomalous window.
     domain = np.array([train_clips[i].domain or "" for i in train_windows.clip_index])  # (n,)
-    scores, train_scores = anomaly_scores(d_test, d_train, domain, args.k, args.normalize)
-    worst_window = most_anomalous(scores, test_windows.clip_index)  # one for each test clip
-    worst_train_window = most_anomalous(train_scores, train_windows.clip_index)
+    window_scores, train_window_scores = anomaly_scores(
+        d_test, d_train, domain, args.k, args.normalize
+    )
+    worst_window = most_anomalous(window_scores, test_windows.clip_index)  # one for each test clip
+    worst_train_window = most_anomalous(train_window_scores, train_windows.clip_index)
 
-    # Threshold. A trained model has fitted these clips, so their scores are low, and the threshold
-    # is: expect more false alarms than the percentile suggests.
-    train_clip_scores = train_scores[worst_train_window]
+    # Threshold. A trained model has fitted these clips, so their scores and the threshold are too
+    # low: expect more false alarms than the percentile suggests.
+    train_clip_scores = train_window_scores[worst_train_window]
     threshold = np.percentile(train_clip_scores, args.percentile)
 
     # Results: one row for each test clip, with its nearest training clip (by plain distance, even
@@ -213,9 +217,9 @@ def score_machine(machine: str, scorer: Scorer, args: argparse.Namespace) -> Non
         near = d_test[window].argmin()  # a training window
         row = {
             "test_clip": clip.path.name,
-            "score": float(scores[window]),
+            "score": float(window_scores[window]),
             "threshold": float(threshold),
-            "alarm": int(scores[window] > threshold),
+            "alarm": int(window_scores[window] > threshold),
             "nearest_training_clip": train_clips[train_windows.clip_index[near]].path.name,
             "distance": float(d_test[window, near]),
             "at_seconds": float(test_windows.start[window] / data.SAMPLE_RATE),
@@ -244,15 +248,15 @@ def density_scores(
 
     Simplification: ρ is not recomputed without the training clip being scored.
     """
-    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # of each training window, (n,)
+    rho = nearest(d_train, DENSITY_K).clip(min=1e-6)  # (n,); column y of d is divided by ρ(y)
     return nearest(d_test / rho, k), nearest(d_train / rho, k)
 
 
 def standardised_scores(
     d_test: np.ndarray, d_train: np.ndarray, domain: np.ndarray, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Standardise the scores against each domain's training clips by their mean and std over all
-    test windows, then take the smaller (from RMIS, the benchmark code of the paper's lab).
+    """min over the domains D of (s_D(x) - mean) / std, where s_D(x) is the score against the
+    training clips of D, and mean and std are over all test windows (RMIS, the authors' lab).
 
     TRANSDUCTIVE: each score depends on the whole test set, which the challenge's rules forbid.
     """
@@ -287,7 +291,9 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--percentile", type=float, default=90.0, metavar="P", help=text)
     add("--plot", action="store_true", help="draw <machine>.png for the page; needs matplotlib")
     backbone.add_hardware(parser)
-    text = "clips per batch, windows per forward pass (8); for clips of an hour, 1 and --workers 0"
+    text = (
+        "clips per batch, windows per forward pass (8); 1, with --workers 0, for clips of an hour"
+    )
     add("--batch-size", type=data.positive, default=8, help=text)
     args = parser.parse_args(argv)
     if args.pooling and not args.pretrained:
@@ -383,8 +389,8 @@ def write_results(
     summary = f"{alarms} of {len(rows)} test clips are above the threshold"
     summary += f" ({rows[0]['threshold']:.4g}, which {percent} of the training clips stay below)"
     if 2 * alarms > len(rows):
-        summary += ".\nSo many usually mean another day, gain or microphone than in training, or"
-        summary += " training clips all recorded within an hour"
+        summary += ".\nSo many usually mean that the day, gain or microphone differs from training,"
+        summary += " or that all training clips are of one hour"
     page = make_page(machine, rows, suspects, summary, how, root, args)
     data.write(run / f"report_{machine}.html", page.encode("utf-8", "backslashreplace"))
     try:
@@ -421,8 +427,8 @@ td:first-child { width: 8em } img { width: 100%; max-width: 45em }
 td, td:first-child { display: block; width: auto; border: 0 } tr { border-top: 1px solid #aaa } }
 </style>"""
 READING = """<p>A score is the distance to the most similar training clips. ALARM: above the
-threshold. The players start at the most unusual 10 s. They need the recordings where they were when
-this page was written, so a copy of it elsewhere has no sound.</p>"""
+threshold. The players start at the most unusual 10 s. They need the recordings in their place, so a
+copy of this page elsewhere has no sound.</p>"""
 
 
 def make_page(
@@ -472,9 +478,10 @@ def plot(path: Path, machine: str, rows: list[dict], train_clip_scores, labels, 
     figure = Figure(figsize=(5, 2.6 + 1.7 * len(highest)), layout="constrained")
     grid = figure.add_gridspec(1 + len(highest), 2, height_ratios=[1.6] + [1] * len(highest))
     axes = figure.add_subplot(grid[0, :])
+    colours = ["#777777", "#0072B2", "#D55E00", "#009E73"]
     for y, scores in enumerate(kinds.values()):
         height = np.random.default_rng(0).uniform(-0.3, 0.3, len(scores))  # to tell dots apart
-        axes.plot(scores, y + height, ".")
+        axes.plot(scores, y + height, ".", color=colours[y])
     axes.axvline(rows[0]["threshold"], color="black", linestyle="--")
     axes.set_yticks(range(len(kinds)), kinds)
     axes.set(xlabel="anomaly score (dashed: threshold)", title="each dot is a clip")

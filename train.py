@@ -132,20 +132,20 @@ def train(args: argparse.Namespace) -> None:
         clips += data.list_clips(args.data, machine, "train")
     class_of_clip = [(clip.machine, clip.attributes) for clip in clips]
     classes = sorted(set(class_of_clip))
-    labels = [classes.index(name) for name in class_of_clip]
+    labels = [classes.index(class_) for class_ in class_of_clip]
     print(f"clips: {len(clips):,}, classes: {len(classes)}")
     if len(classes) < 2:
-        reason = "put states into the file names (README), add machines, or score --pretrained"
+        reason = "name the states (README), add machines, or use score.py --pretrained"
         raise InputError(f"nothing to learn, since all clips are one class: {reason}")
 
     # Model, loss and optimizer.
-    torch.manual_seed(1_000_000 * args.seed)
+    torch.manual_seed(1_000_000 * args.seed)  # and from there on one seed for each epoch
     model = make_model(args).to(args.device).train()
     if args.compile:
         model.compile(dynamic=False)  # one graph for each batch size: the last batch is smaller
     arcface = ArcFace(args.embedding, len(classes), args.scale, args.margin).to(args.device)
     optimizer = make_optimizer(model, arcface, args)
-    peak_lrs = [group["lr"] for group in optimizer.param_groups]  # reached after the warm-up
+    peak_lrs = [group["lr"] for group in optimizer.param_groups]  # the warm-up changes the groups'
     augment = data.SpecAug(args.time_mask, args.freq_mask)
     trainable, total = count_parameters(model)
     print(f"parameters: {total:,}, of which {trainable:,} are trained")
@@ -157,20 +157,19 @@ def train(args: argparse.Namespace) -> None:
         sampler=data.RandomOrder(len(clips)),  # draws which clip, and which window of it
         num_workers=args.workers,
         persistent_workers=args.workers > 0,
-        timeout=backbone.TIMEOUT if args.workers else 0,
+        timeout=backbone.WORKER_TIMEOUT if args.workers else 0,
         pin_memory=args.device.type == "cuda",
-        generator=torch.Generator(),  # the global one is for augmentation and dropout only
+        generator=torch.Generator(),  # so the loader itself draws nothing from the global one
     )
     warmup_steps = args.warmup * len(loader)
 
-    # Continuing after the last whole epoch, if this run has one.
+    # Continuing after the last whole epoch, if this run has one with the same setting: what the
+    # result depends on. restore() loads all three, and returns a row of the log for each epoch.
     setting = make_setting(args, clips, classes)
     log = restore(args.run / "last.pt", setting, model, arcface, optimizer)
-    first_epoch = len(log) + 1  # the log has a row for each epoch
 
-    # The epochs. Each has a seed of its own, so a run that continues draws the same numbers. The
-    # million keeps the epochs of one --seed apart from those of the next.
-    for epoch in range(first_epoch, args.epochs + 1):
+    # The epochs. Each has its own seed, so a run that continues draws the same numbers.
+    for epoch in range(len(log) + 1, args.epochs + 1):
         torch.manual_seed(1_000_000 * args.seed + epoch)
         step = (epoch - 1) * len(loader)
         total_loss = 0.0
@@ -216,7 +215,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--data", default="data", metavar="DIR", help="has <machine>/train/*.wav (%(default)s)")
     add("--weights", default=backbone.WEIGHTS, metavar="FILE", help="pre-trained AST (%(default)s)")
     backbone.add_hardware(parser)
-    text = "clips per forward pass; lower it to save GPU memory (the whole batch)"
+    text = "clips per forward pass; lower it to save GPU memory (default: the whole batch)"
     add("--micro-batch", type=data.positive, metavar="N", help=text)
     add("--compile", action="store_true", help="compile the model: faster after a slow start")
 
@@ -224,7 +223,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "what is trained besides the head: LoRA, all of AST, or nothing (%(default)s)"
     add("--tuning", default="lora", choices=["lora", "full", "frozen"], help=text)
     add("--rank", type=data.positive, default=64, help="LoRA's rank (%(default)s)")
-    add("--alpha", type=data.above_zero, help="LoRA's update is scaled by alpha/rank (the rank)")
+    add(
+        "--alpha",
+        type=data.above_zero,
+        help="LoRA's update is scaled by alpha/rank (default: the rank)",
+    )
     add("--dropout", type=float, default=0.0, help="dropout on LoRA's input (%(default)s)")
     text = "layers with adapters, any of q k v proj fc1 fc2 (q v)"
     add("--targets", nargs="+", default=["q", "v"], metavar="NAME", help=text)
@@ -233,12 +236,12 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     )
     text = "attentive statistics or mean of the patches, or the class tokens (%(default)s)"
     add("--pooling", default="asp", choices=list(backbone.POOLINGS), help=text)
-    add("--embedding", type=data.positive, default=256, help="its dimensions (%(default)s)")
+    add("--embedding", type=data.positive, default=256, help="its dimension (%(default)s)")
 
     add = parser.add_argument_group("ArcFace and SpecAug").add_argument
     text = "s, which sharpens the softmax (%(default)s)"
     add("--scale", type=data.above_zero, default=30.0, help=text)
-    add("--margin", type=float, default=0.2, help="m, between classes, in radians (%(default)s)")
+    add("--margin", type=float, default=0.2, help="m, the angular margin in radians (%(default)s)")
     text = "maximum width of the time mask, in frames of 10 ms (%(default)s)"
     add("--time-mask", type=data.at_least(0), default=80, help=text)
     text = "maximum width of the frequency mask, in mel bins of 128 (%(default)s)"
@@ -250,7 +253,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     text = "rate of AST with --tuning full (%(default)s)"
     add("--ast-lr", type=data.above_zero, default=1e-5, help=text)
     add("--warmup", type=data.at_least(0), default=1, help="warm-up epochs (%(default)s)")
-    add("--weight-decay", type=data.at_least(0.0), default=0.01, help="AdamW's (%(default)s)")
+    add("--weight-decay", type=data.at_least(0.0), default=0.01, help="of AdamW (%(default)s)")
     add("--epochs", type=data.positive, default=25, help="passes over all clips (%(default)s)")
     add("--batch-size", type=data.positive, default=32, help="clips per step (%(default)s)")
     add("--seed", type=int, default=0, help="random seed (%(default)s)")
@@ -264,8 +267,8 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 # ---------------------------------------------- plumbing: not needed to follow the method
 
-# A setting is every argument but these. Data and weights are compared by what they are; the others
-# change a result by rounding and by random draws only, and the kind of device is in "precision".
+# A setting has every argument but these. Clips are compared by name, and weights by checksum. The
+# others change a result by rounding and random draws only; the kind of device is in "precision".
 WHERE = ("run", "data", "weights", "device", "workers", "compile", "micro_batch")
 
 
@@ -288,7 +291,7 @@ def make_setting(args: argparse.Namespace, clips: list[data.Clip], classes: list
 def restore(path: Path, setting: dict, model: Embedder, arcface: ArcFace, optimizer) -> list:
     """Load last.pt into model, loss and optimizer, and return its log; [] if there is no such file.
 
-    Raises InputError if it was trained with another setting. The number of epochs may be another.
+    Raises InputError if it was trained with another setting. Only the number of epochs may differ.
     """
     if not path.exists():
         return []
@@ -321,9 +324,10 @@ class TrainedRun(NamedTuple):
 
 
 def load_run(run: str | Path, weights: str | None = None) -> TrainedRun:
-    """Load a trained model. weights: the path of AST's weights, if they have moved.
+    """Load a trained model: while a run trains for more epochs, the one of fewer epochs.
 
-    Raises InputError if training has not finished, or if the weights are not those of its training.
+    weights: the path of AST's weights, if they have moved. Raises InputError if no training has
+    finished, or if the weights are not those of its training.
     """
     adapter = Path(run) / "adapter.pt"
     if not adapter.exists():

@@ -275,7 +275,7 @@ WRONG = [
     ("train.py", [*FAN, "--run", "runs/x"], a_file_for_a_folder, "Not a directory: 'runs/x'"),
     ("score.py", [*PRETRAINED, "--run", "runs"], a_file_for_a_folder, "File exists: 'runs'"),
     ("train.py", PUMP, None, "no WAV files in data/pump/train: data has fan/"),
-    ("train.py", PUMP, own_machine, "nothing to learn, since all clips are one class: put"),
+    ("train.py", PUMP, own_machine, "nothing to learn, since all clips are one class: name"),
     ("train.py", ["--machine", "fan", *PUMP[1:]], web_page_for_a_clip, "b.wav is empty, or not a"),
     ("train.py", ["--machine", "fan"], web_page_for_weights, "fails its sha256 check: delete it"),
     ("train.py", ["--machine", "fan"], None, "put the file at weights/ast.safetensors"),
@@ -319,7 +319,7 @@ def test_a_misspelt_machine_is_noticed_before_anything_is_fetched_or_written(sma
 def test_a_process_that_starves_ends_in_an_error_that_names_the_cure(
     full_size_fan, monkeypatch, capsys
 ):
-    monkeypatch.setattr(backbone, "TIMEOUT", 2)
+    monkeypatch.setattr(backbone, "WORKER_TIMEOUT", 2)
     monkeypatch.setattr(data, "read_wav", lambda path: time.sleep(60))
     argv = ["--machine", "fan", *FLAGS, "--workers", "1"]
     assert error_of(train.main, argv, capsys).endswith("(memory?): try --workers 0")

@@ -337,7 +337,7 @@ def test_a_mixture_of_scores_record_and_adapter_is_refused(tmp_path, capsys):
     whole = scores.read_bytes()
     write(scores, made_up(7).items())
     message = error_of(evaluate.main, argv, capsys)
-    assert f"{record} describes other scores than {scores}: score again" in message
+    assert f"{record} does not belong to {scores}: score again" in message
     scores.write_bytes(whole)
     record.write_text(record.read_text()[:50])
     assert f"{record} is damaged: score again" in error_of(evaluate.main, argv, capsys)

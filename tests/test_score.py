@@ -73,9 +73,7 @@ def test_the_k_nearest_are_averaged():
     many = np.random.default_rng(0).random((50, 2000))
     for k in (1, 2, 3):
         assert nearest(many, k) == pytest.approx(np.sort(many)[:, :k].mean(axis=1))
-    with pytest.raises(
-        InputError, match=r"has only 3 windows of other clips as neighbours; this takes 4"
-    ):
+    with pytest.raises(InputError, match=r"has only 3 windows of other clips as neighbours, not 4"):
         nearest(found, 4)
 
 
@@ -321,7 +319,7 @@ def test_when_most_clips_are_alarms_one_line_says_what_that_usually_means(
         noise(f"data/pump/test/{name}.wav", 1, seed=70, level=20)
     scored("--pretrained", "--percentile", "1", machine="pump")
     out = capsys.readouterr().out
-    assert "So many usually mean another day, gain or microphone" in out
+    assert "So many usually mean that the day, gain or microphone" in out
     assert "So few training clips make the threshold a guess" in out
 
 
@@ -455,12 +453,6 @@ def test_a_normal_clip_that_is_a_little_longer_or_short_is_no_alarm(tmp_path, mo
     rows = rows_of("runs/pretrained-pump/decision_result_pump_section_00_test.csv")
     shares = [np.mean([int(x) for name, x in rows if name.startswith(f"{s} ")]) for s in lengths]
     assert max(shares[:3]) - shares[0] < 0.2 and max(shares) < 0.5, shares
-
-
-def test_the_adapters_are_merged_for_scoring(fan):
-    trained()
-    scorer = score.load_scorer(score.parse_args(["--machine", "fan", "--device", "cpu"]))
-    assert {type(block.attn.q) for block in scorer.model.ast.blocks} == {torch.nn.Linear}
 
 
 def embedded(monkeypatch) -> list[str]:
