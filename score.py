@@ -291,9 +291,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--percentile", type=float, default=90.0, metavar="P", help=text)
     add("--plot", action="store_true", help="draw <machine>.png for the page; needs matplotlib")
     backbone.add_hardware(parser)
-    text = (
-        "clips per batch, windows per forward pass (8); 1, with --workers 0, for clips of an hour"
-    )
+    text = "clips per batch, windows per forward pass (8); reading an hour takes 1.5 GB a worker"
     add("--batch-size", type=data.positive, default=8, help=text)
     args = parser.parse_args(argv)
     if args.pooling and not args.pretrained:
