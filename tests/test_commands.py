@@ -107,6 +107,8 @@ def test_every_command_of_the_readme_runs(small, monkeypatch, slurm):
         else:
             assert name == "-m" or (ROOT / name).exists(), name
     assert len(commands) > 30
+    shutil.copy("ast.safetensors", "tests/tiny_ast.safetensors")
+    exec(re.search(r"```python\n(.*?)```", README, re.DOTALL)[1], {})
 
 
 def test_all_runs_stops_where_a_training_fails(tmp_path):
