@@ -229,7 +229,8 @@ def evaluate_machine(machine: str, run: Path, root: str | Path) -> dict:
         )
     labelled = list(is_anomaly)
     if len(labelled) < len(names):
-        print(f"{machine}: {len(names) - len(labelled)} clips without a label are left out")
+        unlabelled = [name for name in names if name not in is_anomaly]
+        print(f"{machine}: left out, for want of a label: {data.shortened(unlabelled)}")
     if len(set(is_anomaly.values())) == 1:
         print(f"{machine}: no AUC, since all labels are {int(is_anomaly[labelled[0]])}")
     columns = [[of_clip[name] for name in labelled] for of_clip in (scores, is_anomaly, is_target)]

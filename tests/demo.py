@@ -1,5 +1,5 @@
 """The method in miniature: made-up sounds, and a tiny AST that was taught made-up sounds. No
-download, no GPU, 2 to 3 minutes on two cores.
+download, no GPU, 1 to 3 minutes on two cores.
 
     python tests/demo.py                    # one machine: no network, AST as it is, frozen, LoRA
     python tests/demo.py --machine saw      # any name is a machine of its own

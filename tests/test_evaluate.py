@@ -187,7 +187,7 @@ def test_ones_own_machine_needs_only_a_labels_file(tmp_path, capsys):
     assert metrics_of(run)[0]["official_score"] == ""
 
     write(labels, [("a 1.wav", 1), ("c,4.wav", 1), ("a 2.wav", 0)])
-    assert "fan: 1 clips without a label are left out" in table(capsys, *argv)
+    assert "fan: left out, for want of a label: ö.wav" in table(capsys, *argv)
     write(labels, [(name, 1) for name in OWN])
     assert "fan: no AUC, since all labels are 1" in table(capsys, *argv)
 
