@@ -517,11 +517,11 @@ def draw(axes, path: Path, start: float):
 def load_scorer(args: argparse.Namespace) -> Scorer:
     run = None if args.pretrained else load_run(args.run, args.weights)
     root = args.data or ("data" if run is None else run.data)
-    for machine in data.machine_names(args.machine):
+    machines = data.machine_names(args.machine)
+    for machine in machines:
         if run is not None and machine not in run.setting["machine"]:
             raise InputError(f"{args.run} was not trained on {machine}")
-        data.fetch(machine, root)
-        data.list_clips(root, machine, "train")  # fails early if there are none
+    data.fetch_missing(machines, root)
     if run is None:
         weights, pooling = args.weights or backbone.WEIGHTS, args.pooling or "cls"
         backbone.fetch_weights(weights)

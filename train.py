@@ -346,9 +346,7 @@ def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
     with data.one_line_errors():
         print(f"device: {args.device}")
-        for machine in args.machine:
-            data.fetch(machine, args.data)
-            data.list_clips(args.data, machine, "train")  # fails early if there are none
+        data.fetch_missing(args.machine, args.data)
         backbone.fetch_weights(args.weights)
         with data.sole_use(args.run):
             train(args)

@@ -312,7 +312,7 @@ def test_a_wrong_use_ends_in_one_line_and_leaves_nothing_half_written(
 def test_a_misspelt_machine_is_noticed_before_anything_is_fetched_or_written(small, server, capsys):
     small_machines("fan")
     for main in (train.main, lambda argv: score.main([*argv, "--pretrained"])):
-        message = error_of(main, ["--machine", "fna", "--device", "cpu"], capsys)
+        message = error_of(main, ["--machine", "bearing", "fna", "--device", "cpu"], capsys)
         assert message.endswith("no WAV files in data/fna/train: data has fan/")
     assert server.requests == [] and not Path("runs").exists() and not Path("weights").exists()
 
