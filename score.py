@@ -358,7 +358,7 @@ def suspicious_training_clips(d_train: np.ndarray, train: Windows, clips: list[C
 
 SUSPECTS = """Training clips that stand out. 3 means three times as far from the others as usual;
 listen to everything above 5. Remove what is faulty, since it makes similar faults look normal, and
-score again until none stands out. Several faulty clips that are alike may not be listed."""
+score again until none is above 5. Several faulty clips that are alike may not be listed."""
 
 
 def print_suspects(suspects: list[dict]) -> None:
