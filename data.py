@@ -436,6 +436,8 @@ def write(path: Path, content: bytes) -> None:
     try:
         part.write_bytes(content)
         part.replace(path)
+    except OSError as error:
+        raise OSError(f"cannot write {path}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
 
@@ -572,10 +574,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", default="data", metavar="DIR", help=text)
     args = parser.parse_args(argv)
     with one_line_errors():
-        for machine in machine_names(args.machine):
-            fetch(machine, args.data)
-            n_train = len(list_clips(args.data, machine, "train"))
-            print(f"{args.data}/{machine} has {n_train:,} training clips")
+        machines = machine_names(args.machine)
+        fetch_missing(machines, args.data)
+        for machine in machines:
+            train = len(list_clips(args.data, machine, "train"))
+            test = len(list_clips(args.data, machine, "test"))
+            print(f"{args.data}/{machine}: training clips {train}, test clips {test}")
 
 
 if __name__ == "__main__":

@@ -219,7 +219,8 @@ def read_record(machine: str, run: Path) -> dict:
 
 def evaluate_machine(machine: str, run: Path, root: str | Path) -> dict:
     """A machine's metrics, and what they are of. root: the folder of its labels.csv."""
-    scores = read_two_columns(files_of(machine, run)[0], to_score, "name.wav and a number (1.5)")
+    right = "name.wav and a number (with a point, no comma)"
+    scores = read_two_columns(files_of(machine, run)[0], to_score, right)
     names = list(scores)
     is_anomaly, is_target = labels_of(machine, names, root)
     if not is_anomaly:
@@ -254,7 +255,6 @@ def evaluate_run(run: Path, machines: list[str], root: str | None) -> Trial:
     for row in rows:
         of_set = [other for other in rows if other["set"] == row["set"]]
         row["official_score"] = "" if row["set"] == "own" else official_score(of_set)
-    data.write_csv(run / "metrics.csv", [rows[0], *[row.values() for row in rows]])
     title = " / ".join(dict.fromkeys(row["scored_with"] for row in rows))
     return Trial(run, seed, json.dumps([machines, settings], sort_keys=True), title, rows)
 
@@ -348,6 +348,9 @@ def main(argv: list[str] | None = None) -> None:
         runs = args.run or [data.default_run(args.machine)]
         trials = [evaluate_run(run, machines, args.data) for run in runs]
         groups = group_by_setting(trials)
+        for trial in trials:
+            lines = [trial.rows[0].keys(), *[row.values() for row in trial.rows]]
+            data.write_csv(trial.run / "metrics.csv", lines)
         print(table_of_machines(groups[0]) if len(groups) == 1 else table_of_settings(groups))
 
 

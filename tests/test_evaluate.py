@@ -148,6 +148,8 @@ def test_line_separators_and_semicolons_inside_names_do_not_split_them(tmp_path)
     values = {name: float(i) for i, name in enumerate(names)}
     path = write(tmp_path / "x.csv", values.items())
     assert evaluate.read_two_columns(path, evaluate.to_score, "") == values
+    path = write(tmp_path / "x.csv", [("a;b.wav", 0.5)])
+    assert evaluate.read_two_columns(path, evaluate.to_score, "") == {"a;b.wav": 0.5}
 
 
 WRONG_LABELS = {
@@ -212,7 +214,7 @@ def test_scores_are_numbers_as_programs_and_spreadsheets_write_them(tmp_path, te
 def test_a_decimal_comma_is_refused_and_never_read_as_another_number(tmp_path, line):
     run = tmp_path / "anomaly_score_fan_section_00_test.csv"
     run.write_text(f"{line}\n")
-    with pytest.raises(InputError, match=r"line 1: .* should be name.wav and a number \(1.5\)"):
+    with pytest.raises(InputError, match=r"test\.csv, line 1: .* \(with a point, no comma\)"):
         evaluate_machine("fan", tmp_path, "data")
 
 
@@ -310,6 +312,7 @@ def test_one_seed_twice_or_one_folder_twice_is_no_mean(tmp_path, capsys):
     for pair in ((one, one), (one, two), (without, without), (without, f"{without}/")):
         message = error_of(evaluate.main, ["--machine", "fan", "--run", *pair], capsys)
         assert f"{pair[1].rstrip('/')} has the same setting and seed as {pair[0]}" in message
+    assert not list(tmp_path.rglob("metrics.csv")), "what is refused leaves nothing behind"
 
 
 @pytest.mark.parametrize("other", [{"clips": "ffff"}, {"epochs": 50}, {"rank": 8}])
